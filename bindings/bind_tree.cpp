@@ -57,7 +57,8 @@ void bind_tree(py::module_& m) {
           },
           "node"_a, "Parent of a node; the root is its own.")
       .def(
-          "visits", [](const Tree& t) { return column<std::uint32_t>(t, &tercet::HotNode::visits); },
+          "visits",
+          [](const Tree& t) { return column<std::uint32_t>(t, &tercet::HotNode::visits); },
           "Finished backups through each node, uint32[nodes].")
       .def(
           "total_values",

@@ -31,7 +31,9 @@ class SamplingParams:
                 f"SamplingParams: max_completion_length must be >= 1, got {self.max_completion_length}"
             )
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"SamplingParams: temperature must be finite and >= 0, got {self.temperature}")
+            raise ValueError(
+                f"SamplingParams: temperature must be finite and >= 0, got {self.temperature}"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"SamplingParams: top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
@@ -56,7 +58,9 @@ class Completion:
     ids: list[int]  # sampled tokens, the end token included when there is one
     logp: list[float]  # nats, of each sampled token under softmax(logits / temperature)
     finished: bool  # False: cut off by max_completion_length
-    embedding: Float[Tensor, " hidden"] | None = None  # mean hidden state from pool_from on, not normalised
+    embedding: Float[Tensor, " hidden"] | None = (
+        None  # mean hidden state from pool_from on, not normalised
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +87,7 @@ class Packed:
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
-        )
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
 
 
 def pack(
@@ -115,7 +117,9 @@ def pack(
     rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
     if not rows or not all(rows):
         empty = [i for i, row in enumerate(rows) if not row]
-        raise ValueError(f"pack: there must be at least one row and no empty row, got empty rows {empty}")
+        raise ValueError(
+            f"pack: there must be at least one row and no empty row, got empty rows {empty}"
+        )
     lengths = torch.tensor([len(row) for row in rows])
     cu_seqlens = torch.zeros(len(rows) + 1, dtype=torch.int32)
     cu_seqlens[1:] = lengths.cumsum(0)

@@ -101,7 +101,11 @@ def contrastive_reward_ref(
     ids = torch.arange(num_groups, device=d.device) if group_ids is None else group_ids
     other = ids[:, None] != ids[None, :]  # [i, j]
     num_other = other.sum(dim=1).clamp(min=1)  # [i]
-    n = d.new_zeros((num_groups, 0, d.shape[-1])) if negatives is None else F.normalize(negatives, dim=-1)
+    n = (
+        d.new_zeros((num_groups, 0, d.shape[-1]))
+        if negatives is None
+        else F.normalize(negatives, dim=-1)
+    )
 
     positive = torch.einsum("igh,ih->ig", d, q)
     siblings = torch.einsum("igh,ilh->igl", d, d)
@@ -123,12 +127,19 @@ def contrastive_reward_ref(
     negative = -to_negatives.sum(-1)
 
     if form == "info_nce":
-        candidates = torch.cat([positive[..., None], to_negatives, cross.masked_fill(~mask, -torch.inf)], -1)
+        candidates = torch.cat(
+            [positive[..., None], to_negatives, cross.masked_fill(~mask, -torch.inf)], -1
+        )
         count = 1 + to_negatives.shape[-1] + mask.sum(-1)
         hard = temperature * (count.to(d.dtype).log() - (candidates / temperature).logsumexp(-1))
         negative = torch.zeros_like(positive)
         hard_weight = 1.0
-    total = positive + negative_weight * negative + consistency_weight * consistency + hard_weight * hard
+    total = (
+        positive
+        + negative_weight * negative
+        + consistency_weight * consistency
+        + hard_weight * hard
+    )
     return ContrastiveReward(total / temperature, positive, negative, consistency, hard)
 
 
@@ -146,7 +157,7 @@ def token_logp_ref(
     temperature: float | Float[Tensor, "*rows"] = 1.0,
     return_entropy: bool = False,
 ) -> TokenLogp:
-    """log softmax(logits / temperature)[target] and the entropy of that softmax.
+    """Log softmax(logits / temperature)[target] and the entropy of that softmax.
 
     `targets` has the shape of the rows, or one more axis of K targets per row.
     """
@@ -209,7 +220,9 @@ def policy_loss_ref(
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
     clipped = ((advantage > 0) & (ratio > 1 + high)) | ((advantage < 0) & (ratio < 1 - epsilon))
     if delta is not None:
-        floor = torch.where(advantage < 0, delta * advantage, torch.full_like(advantage, -torch.inf))
+        floor = torch.where(
+            advantage < 0, delta * advantage, torch.full_like(advantage, -torch.inf)
+        )
         clipped = clipped | (surrogate < floor)
         surrogate = torch.maximum(surrogate, floor)
     kl = torch.zeros_like(logp)

@@ -9,7 +9,8 @@ namespace tercet {
 
 Tree::Tree(double c_uct) : hot_(1), cold_(1), c_uct_(c_uct) {
   if (!std::isfinite(c_uct) || c_uct < 0.0) {
-    throw std::invalid_argument("Tree: c_uct must be finite and >= 0, got " + std::to_string(c_uct));
+    throw std::invalid_argument("Tree: c_uct must be finite and >= 0, got " +
+                                std::to_string(c_uct));
   }
 }
 

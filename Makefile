@@ -1,0 +1,59 @@
+# `make demo` and `make test` need Python 3.11+ and a C++20 compiler, and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CSRC_BUILD := build/csrc
+GPU_BENCHES := masked_mean contrastive_reward token_logp linear_logp packed_forward
+CPU_BENCHES := $(GPU_BENCHES) grace_step
+
+.PHONY: help demo test test-csrc lint bench evidence gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      train GRACE on a small world and show what it learnt (CPU, minutes)"
+	@echo "make test      C++ and Python tests"
+	@echo "make lint      formatting, lints and types"
+	@echo "make bench     speed and memory beside the peers, into bench/results/"
+	@echo "make evidence  the three-seed tables of docs/"
+	@echo "make gpu       GPU tests and benches with the Python that is active; installs nothing else"
+
+$(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/src/*.cpp csrc/include/tercet/*.hpp bindings/*.cpp
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip -c constraints.txt
+	$(BIN)/pip install -q -c constraints.txt torch scikit-build-core pybind11 cmake ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,eval]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/tercet demo grace $(ARGS)
+
+test: $(INSTALLED) test-csrc
+	$(BIN)/pytest $(ARGS)
+
+test-csrc: $(INSTALLED)
+	$(BIN)/cmake -S csrc -B $(CSRC_BUILD) -DTERCET_BUILD_TESTS=ON -DTERCET_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug
+	$(BIN)/cmake --build $(CSRC_BUILD)
+	$(BIN)/ctest --test-dir $(CSRC_BUILD) --output-on-failure
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.hpp')
+	$(BIN)/pyright
+
+bench: $(INSTALLED)
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]' --no-build-isolation
+	for op in $(or $(OPS),$(CPU_BENCHES)); do $(BIN)/python bench/$$op.py || exit 1; done
+
+evidence: $(INSTALLED)
+	$(BIN)/tercet demo grace --evidence
+	$(if $(GSM8K),$(BIN)/tercet grace experiment --config configs/grace_gsm8k.yaml --data $(GSM8K),@echo "set GSM8K=path/to/gsm8k_test.jsonl for the real-text table")
+
+gpu:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -q -e .
+	$(PYTHON) -P -m pytest -W default -m gpu tests
+	for op in $(GPU_BENCHES); do $(PYTHON) bench/$$op.py || exit 1; done
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,101 @@
+"""The `tercet` command: finds the subcommand and hands it the rest of the line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand and the function (arguments, program name) -> exit status that runs it."""
+
+    target: str
+    summary: str
+
+
+COMMANDS = {
+    "demo grace": Command(
+        "tercet.engine.demo.grace:main", "train GRACE on a small world and show what it learnt"
+    ),
+    "grace train": Command(
+        "tercet.engine.grace.train:main", "reward rationales contrastively and train on them"
+    ),
+    "grace encode": Command(
+        "tercet.engine.grace.encoder:main", "texts in, vectors and rationales out"
+    ),
+    "grace eval": Command(
+        "tercet.engine.grace.evaluate:main", "retrieval, STS, anisotropy, kept generation ability"
+    ),
+    "grace experiment": Command(
+        "tercet.engine.grace.experiment:main", "all rows of the real-text table from one file"
+    ),
+    "report": Command("tercet.engine.report:main", "one self-contained page about a run folder"),
+    "doctor": Command(
+        "tercet.engine.doctor:main", "versions, devices, and what each operation will run"
+    ),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  tercet {name:<{width}}{c.summary}" for name, c in COMMANDS.items()]
+    return "\n".join(
+        ["usage: tercet COMMAND [--config FILE.yaml] [--key.subkey VALUE ...]", "", *lines, "",
+         "tercet COMMAND --help lists the settings of a command."]
+    )  # fmt: skip
+
+
+def find_command(argv: list[str]) -> tuple[str, list[str]] | None:
+    """The command that the first words of argv name, and what stands behind them."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, argv[words:]
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.  Returns 0, 1 after a failure, or 2 after wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from tercet import __version__
+
+        sys.stdout.write(f"tercet {__version__}\n")
+        return 0
+    found = find_command(argv)
+    if found is None:
+        words = [w for w in argv[:2] if not w.startswith("-")]
+        near = difflib.get_close_matches(" ".join(words), COMMANDS, n=1, cutoff=0.0)[0]
+        sys.stderr.write(
+            f"tercet: there is no command '{' '.join(words)}'; did you mean '{near}'?\n"
+        )
+        return 2
+    name, rest = found
+    module, _, function = COMMANDS[name].target.partition(":")
+    return run(getattr(importlib.import_module(module), function), rest, f"tercet {name}")
+
+
+def run(function, argv: list[str], prog: str) -> int:
+    """Calls a command and turns the errors that a user can mend into one line each."""
+    from tercet.engine.config import ConfigError
+
+    try:
+        return function(argv, prog)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except (ValueError, RuntimeError, OSError) as error:
+        logging.getLogger(__name__).debug("%s failed", prog, exc_info=True)
+        sys.stderr.write(f"{prog}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{prog}: stopped; the same command goes on from the last checkpoint\n")
+        return 130

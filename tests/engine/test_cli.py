@@ -1,0 +1,57 @@
+"""The `tercet` command as a user calls it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tercet.engine.cli import COMMANDS, main
+
+TERCET = str(Path(sys.executable).with_name("tercet"))
+
+
+def tercet(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([TERCET, *args], capture_output=True, text=True, check=False)
+
+
+def test_help_lists_every_command_and_loads_no_torch():
+    done = tercet("--help")
+    assert done.returncode == 0
+    assert all(f"tercet {name}" in done.stdout for name in COMMANDS)
+    assert len(done.stdout.splitlines()) <= 25
+
+
+def test_no_command_is_wrong_usage():
+    assert tercet().returncode == 2
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main(["grace", "trian"]) == 2
+    assert "no command 'grace trian'; did you mean 'grace train'?" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("tercet 0.")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    done = tercet(*name.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_a_failure_is_one_line_and_exit_status_1(tmp_path):
+    done = tercet("report", str(tmp_path / "none"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("tercet report: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_says_what_each_op_runs():
+    done = tercet("doctor")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "triton", "segment_mean", "attention"):
+        assert word in done.stdout
