@@ -39,7 +39,8 @@ def _reject_unknown(cls: type, data: dict, where: str, prefix: str = "") -> None
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise ConfigError(
-                f"{where}: unknown key '{prefix}{key}'; the nearest known one is '{prefix}{near[0]}'"
+                f"{where}: unknown key '{prefix}{key}'; "
+                f"the nearest known one is '{prefix}{near[0]}'"
             )
         nested = _nested_dataclass(hints[key])
         if nested and isinstance(value, dict):

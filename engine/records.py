@@ -28,7 +28,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
             raise ValueError(
-                f"SamplingParams: max_completion_length must be >= 1, got {self.max_completion_length}"
+                "SamplingParams: max_completion_length must be >= 1, "
+                f"got {self.max_completion_length}"
             )
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(

@@ -1,6 +1,7 @@
 """Fused kernels: masked means, contrastive rewards, token log-probabilities.
 
-Every op has a plain definition in `tercet.kernels.reference` and takes `impl="auto"|"triton"|"torch"`.
+Every op has a plain definition in `tercet.kernels.reference` and takes
+`impl="auto"|"triton"|"torch"`: Triton on CUDA, PyTorch elsewhere, or the one named.
 """
 
 from tercet.kernels.reference import ContrastiveReward, PolicyLoss, TokenLogp

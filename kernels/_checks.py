@@ -31,7 +31,7 @@ def interpreting() -> bool:
 
 
 def use_triton(op: str, impl: Impl, x: Tensor) -> bool:
-    """Whether `op` on `x` runs the Triton kernel; "auto" means Triton on CUDA and PyTorch elsewhere.
+    """Whether `op` on `x` runs the Triton kernel; "auto": Triton on CUDA, PyTorch elsewhere.
 
     Raises:
         ValueError: unknown impl.

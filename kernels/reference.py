@@ -4,6 +4,7 @@ Written for reading, not for speed: a function here is a definition.  All of the
 differentiable, accept float64, and keep float64 when given it (else results are float32).
 """
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def segment_mean_ref(
     bounds = cu_seqlens.tolist()
     rows = [
         masked_mean_ref(x[None, a:b], mask[None, a:b], normalize=normalize)
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in itertools.pairwise(bounds)
     ]
     return torch.cat(rows) if rows else x.new_zeros((0, x.shape[1]), dtype=accumulator_dtype(x))
 
@@ -82,7 +83,7 @@ def contrastive_reward_ref(
     consistency_weight: float = 0.2,
     hard_weight: float = 0.2,
 ) -> ContrastiveReward:
-    """GRACE's reward of each rollout, from unit-norm embeddings.  Source: arXiv:2510.04506, eq. 12-18.
+    """GRACE's reward of each rollout.  Source: arXiv:2510.04506, eq. 12-18.
 
     With s = cosine, rollout k of group i, and j running over the groups that do not share i's id:
         positive(i, k)    = s(d_ik, q_i)
@@ -90,7 +91,7 @@ def contrastive_reward_ref(
         query repulsion (the paper):
             negative(i)   = -sum_m s(q_i, n_im)
             hard(i)       = -mean_j max_l s(q_i, d_jl);  0 when there is no such j
-        document repulsion (repaired: the terms depend on k, so a group baseline cannot cancel them):
+        document repulsion (repaired: depends on k, so a group baseline cannot cancel it):
             negative(i,k) = -sum_m s(d_ik, n_im)
             hard(i, k)    = -mean_j s(d_ik, q_j)
         info_nce: candidates are the positive, the negatives n_im, and q_j (document side, against

@@ -10,8 +10,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # pinned: it changes num
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator  # noqa: E402
-
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -35,7 +33,7 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill every fresh float tensor with NaN, so that an element a kernel skips shows."""
     empty, empty_like = torch.empty, torch.empty_like
 
@@ -48,4 +46,3 @@ def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
-    yield
