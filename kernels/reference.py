@@ -97,7 +97,8 @@ def contrastive_reward_ref(
         info_nce: candidates are the positive, the negatives n_im, and q_j (document side, against
             d_ik) or every d_jl (query side, against q_i).
     """
-    d, q = F.normalize(rollouts, dim=-1), F.normalize(queries, dim=-1)
+    dtype = accumulator_dtype(rollouts)
+    d, q = F.normalize(rollouts.to(dtype), dim=-1), F.normalize(queries.to(dtype), dim=-1)
     num_groups, num_rollouts, _ = d.shape
     ids = torch.arange(num_groups, device=d.device) if group_ids is None else group_ids
     other = ids[:, None] != ids[None, :]  # [i, j]
@@ -105,7 +106,7 @@ def contrastive_reward_ref(
     n = (
         d.new_zeros((num_groups, 0, d.shape[-1]))
         if negatives is None
-        else F.normalize(negatives, dim=-1)
+        else F.normalize(negatives.to(dtype), dim=-1)
     )
 
     positive = torch.einsum("igh,ih->ig", d, q)
@@ -117,11 +118,11 @@ def contrastive_reward_ref(
         to_negatives = torch.einsum("igh,imh->igm", d, n)
         cross = torch.einsum("igh,jh->igj", d, q)
         mask = other[:, None, :].expand_as(cross)
-        hard = -(cross * mask).sum(-1) / num_other[:, None]
+        hard = -cross.masked_fill(~mask, 0.0).sum(-1) / num_other[:, None]
     else:
         to_negatives = torch.einsum("ih,imh->im", q, n)[:, None].expand(-1, num_rollouts, -1)
         cross = torch.einsum("ih,jlh->ijl", q, d)
-        hard = -(cross.amax(-1) * other).sum(-1) / num_other
+        hard = -cross.amax(-1).masked_fill(~other, 0.0).sum(-1) / num_other
         hard = hard[:, None].expand_as(positive)
         mask = other[:, None, :, None].expand(-1, num_rollouts, -1, num_rollouts).flatten(2)
         cross = cross.flatten(1)[:, None].expand_as(mask)

@@ -1,0 +1,255 @@
+r"""GRACE's reward of every rollout, without ever storing the B x B x G similarities.
+
+    positive(i, k) = s(d_ik, q_i)        consistency(i, k) = mean over l != k of s(d_ik, d_il)
+    hard: a mean over the other groups j of max_l s(q_i, d_jl) (query side) or of s(d_ik, q_j)
+    (document side), or the log-sum-exp of all candidates (info_nce).
+
+Source: arXiv:2510.04506, eq. 12-18; the plain definition is `contrastive_reward_ref`.
+"""
+# pyright: reportArgumentType=false
+
+import torch
+from torch import Tensor
+
+from tercet.kernels._checks import Impl, check_float, check_same_device, use_triton
+from tercet.kernels._typing import Float, Int
+from tercet.kernels.reference import (
+    NORM_EPS,
+    ContrastiveReward,
+    Repulsion,
+    RewardForm,
+    accumulator_dtype,
+)
+
+MAX_TILE = 1 << 22  # similarities in memory at once on the PyTorch path
+
+
+def _inverse_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / max(|x|, eps) and the squared norm of the vector scaled by it: 1, or 0 for zeros."""
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    inverse = norm.clamp(min=NORM_EPS).reciprocal()
+    return inverse, (norm * inverse).square()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * _inverse_norm(x)[0][..., None]
+
+
+def _within_groups(d: Tensor, inv_d: Tensor, own: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive [B, G] and consistency [B, G], from unit queries and rollouts of any length."""
+    total = torch.bmm(inv_d[:, None], d)  # [B, 1, hidden], sum of the unit rollouts
+    against = torch.cat((q[:, None], total), dim=1)
+    dots = torch.bmm(d, against.mT) * inv_d[..., None]  # [B, G, 2]
+    return dots[..., 0].contiguous(), (dots[..., 1] - own) / max(d.shape[1] - 1, 1)
+
+
+def _cross_tile(rows: Tensor, d: Tensor, inv_d: Tensor, q: Tensor, *, document: bool) -> Tensor:
+    """Cosines of rows with a chunk of groups: [rows, chunk, 1 or G]."""
+    if document:
+        return (rows @ q.T)[..., None]
+    tile = rows @ d.flatten(0, 1).T
+    return tile.mul_(inv_d.flatten()).unflatten(1, inv_d.shape)
+
+
+def _cross_torch(
+    d: Tensor, inv_d: Tensor, q: Tensor, same: Tensor, *, document: bool, temperature: float | None
+) -> Tensor:
+    """Reduction over the groups not marked in same[i, j], [B, G] or [B, 1].
+
+    It is the sum over those groups of their highest cosine (temperature=None), or the log-sum-exp
+    of all their cosines / temperature.
+    """
+    num_groups, num_rollouts, _ = d.shape
+    rows = (d * inv_d[..., None]).flatten(0, 1) if document else q
+    same = same.repeat_interleave(num_rollouts, dim=0) if document else same
+    out = rows.new_full((len(rows),), 0.0 if temperature is None else -torch.inf)
+    step = max(1, MAX_TILE // max(1, len(rows) * (1 if document else num_rollouts)))
+    for j in range(0, num_groups, step):
+        chunk = slice(j, j + step)
+        tile = _cross_tile(rows, d[chunk], inv_d[chunk], q[chunk], document=document)
+        if temperature is None:
+            out += tile.amax(-1).masked_fill_(same[:, chunk], 0.0).sum(1)
+        else:
+            tile = tile.div_(temperature).masked_fill_(same[:, chunk, None], -torch.inf)
+            out = torch.logaddexp(out, tile.flatten(1).logsumexp(1))
+    return out.view(num_groups, num_rollouts if document else 1)
+
+
+def _torch_fwd(
+    rollouts: Tensor,
+    queries: Tensor,
+    negatives: Tensor | None,
+    group_ids: Tensor | None,
+    *,
+    form: str,
+    repulsion: str,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four unweighted parts, each [B, G]."""
+    dtype, document = accumulator_dtype(rollouts), repulsion == "document"
+    d, q = rollouts.to(dtype), _unit(queries.to(dtype))
+    num_groups, num_rollouts, _ = d.shape
+    n = d[:, :0] if negatives is None else _unit(negatives.to(dtype))
+    ids = torch.arange(num_groups, device=d.device) if group_ids is None else group_ids
+    same = ids[:, None] == ids
+    num_other = num_groups - same.sum(1, keepdim=True)  # [B, 1]
+
+    inv_d, own = _inverse_norm(d)
+    positive, consistency = _within_groups(d, inv_d, own, q)
+    to_negatives = (d @ n.mT) * inv_d[..., None] if document else q[:, None] @ n.mT
+    if form == "info_nce":
+        cross = _cross_torch(d, inv_d, q, same, document=document, temperature=temperature)
+        others = torch.cat((to_negatives / temperature, cross[..., None]), dim=-1).logsumexp(-1)
+        count = 1 + to_negatives.shape[-1] + num_other * (1 if document else num_rollouts)
+        log_sum = torch.logaddexp(positive / temperature, others)
+        hard = temperature * (count.to(dtype).log() - log_sum)
+        return positive, torch.zeros_like(positive), consistency, hard
+    cross = _cross_torch(d, inv_d, q, same, document=document, temperature=None)
+    hard = (-cross / num_other.clamp(min=1)).expand_as(positive).contiguous()
+    negative = (-to_negatives.sum(-1)).expand_as(positive).contiguous()
+    return positive, negative, consistency, hard
+
+
+@torch.library.custom_op("tercet::contrastive_reward", mutates_args=())
+def _contrastive_reward(
+    rollouts: Tensor,
+    queries: Tensor,
+    negatives: Tensor | None,
+    group_ids: Tensor | None,
+    form: str,
+    repulsion: str,
+    temperature: float,
+    negative_weight: float,
+    consistency_weight: float,
+    hard_weight: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    use_triton("contrastive_reward", impl, rollouts)
+    positive, negative, consistency, hard = _torch_fwd(
+        rollouts,
+        queries,
+        negatives,
+        group_ids,
+        form=form,
+        repulsion=repulsion,
+        temperature=temperature,
+    )
+    hard_weight = 1.0 if form == "info_nce" else hard_weight
+    total = positive + negative_weight * negative + consistency_weight * consistency
+    total = (total + hard_weight * hard) / temperature
+    return total, positive, negative, consistency, hard
+
+
+@_contrastive_reward.register_fake
+def _(
+    rollouts: Tensor,
+    queries: Tensor,
+    negatives: Tensor | None,
+    group_ids: Tensor | None,
+    form: str,
+    repulsion: str,
+    temperature: float,
+    negative_weight: float,
+    consistency_weight: float,
+    hard_weight: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, dtype = rollouts.shape[:2], accumulator_dtype(rollouts)
+    parts = [rollouts.new_empty(shape, dtype=dtype) for _ in range(5)]
+    return parts[0], parts[1], parts[2], parts[3], parts[4]
+
+
+def _check(
+    rollouts: Tensor, queries: Tensor, negatives: Tensor | None, group_ids: Tensor | None
+) -> None:
+    op = "contrastive_reward"
+    floats = {"rollouts": rollouts, "queries": queries}
+    if negatives is not None:
+        floats["negatives"] = negatives
+    check_float(op, **floats)
+    check_same_device(op, **floats, group_ids=group_ids)
+    for name, x in floats.items():
+        if x.dtype != rollouts.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the dtype of rollouts, got {x.dtype} and {rollouts.dtype}"
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{op}: a reward has no gradient, so no embedding may require one, "
+                f"got {name}.requires_grad=True; call {name}.detach()"
+            )
+    if rollouts.ndim != 3 or rollouts.shape[1] == 0 or rollouts.shape[2] == 0:
+        raise ValueError(
+            f"{op}: rollouts must be [groups, rollouts>=1, hidden>=1], got {tuple(rollouts.shape)}"
+        )
+    groups, _, hidden = rollouts.shape
+    if queries.shape != (groups, hidden):
+        raise ValueError(
+            f"{op}: queries must be [{groups}, {hidden}] as rollouts are, got {tuple(queries.shape)}"
+        )
+    if negatives is not None and (
+        negatives.ndim != 3 or negatives.shape[0] != groups or negatives.shape[2] != hidden
+    ):
+        raise ValueError(
+            f"{op}: negatives must be [{groups}, any, {hidden}] to match rollouts, "
+            f"got {tuple(negatives.shape)}"
+        )
+    if group_ids is not None:
+        if group_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: group_ids must be int32 or int64, got {group_ids.dtype}")
+        if group_ids.shape != (groups,):
+            raise ValueError(f"{op}: group_ids must be [{groups}], got {tuple(group_ids.shape)}")
+
+
+def contrastive_reward(
+    rollouts: Float[Tensor, "groups rollouts hidden"],
+    queries: Float[Tensor, "groups hidden"],
+    negatives: Float[Tensor, "groups negatives hidden"] | None = None,
+    *,
+    group_ids: Int[Tensor, " groups"] | None = None,
+    form: RewardForm = "sum",
+    repulsion: Repulsion = "query",
+    temperature: float = 0.1,
+    negative_weight: float = 1.0,
+    consistency_weight: float = 0.2,
+    hard_weight: float = 0.2,
+    impl: Impl = "auto",
+) -> ContrastiveReward:
+    """GRACE's reward of each rollout and its unweighted parts, all [groups, rollouts], float32.
+
+    The meaning of every part: `tercet.kernels.reference.contrastive_reward_ref`.
+    Source: arXiv:2510.04506, eq. 12-18.
+
+    Args:
+        rollouts: embeddings of any length; the norms are taken inside.
+        group_ids: groups with equal ids do not repel each other; None makes every group its own.
+        temperature: > 0; divides the whole reward.
+
+    Raises:
+        TypeError: a dtype.  ValueError: a shape, an option, or an embedding that requires grad.
+    """
+    _check(rollouts, queries, negatives, group_ids)
+    if form not in ("sum", "info_nce") or repulsion not in ("query", "document"):
+        raise ValueError(
+            "contrastive_reward: form must be 'sum' or 'info_nce' and repulsion 'query' or "
+            f"'document', got {form!r} and {repulsion!r}"
+        )
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(
+            f"contrastive_reward: temperature must be finite and > 0, got {temperature}"
+        )
+    return ContrastiveReward(
+        *_contrastive_reward(
+            rollouts,
+            queries,
+            negatives,
+            group_ids,
+            form,
+            repulsion,
+            temperature,
+            negative_weight,
+            consistency_weight,
+            hard_weight,
+            impl,
+        )
+    )
