@@ -1,0 +1,283 @@
+"""One self-contained HTML page about a run, or about several runs side by side."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+Series = dict[int, float]  # step -> value
+
+STYLE = """
+:root { color-scheme: light; --ink: #1c2430; --soft: #5c6876; --line: #dfe4ea; --wash: #f6f8fa; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; max-width: 1120px;
+       padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.15rem; }
+p.lead { color: var(--soft); margin: .25rem 0 0; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .75rem; }
+figcaption { font-weight: 600; font-size: .92rem; } figcaption span { color: var(--soft);
+  font-weight: 400; display: block; font-size: .82rem; } svg { width: 100%; height: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
+  vertical-align: top; } th { color: var(--soft); font-weight: 600; }
+th.n, td.n { text-align: right; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
+pre { background: var(--wash); padding: .8rem; border-radius: 8px; overflow-x: auto;
+  font-size: .8rem; } details > summary { cursor: pointer; color: var(--soft); }
+.warn { background: #fff6e5; border: 1px solid #f0d9a8; border-radius: 8px;
+  padding: .5rem .8rem; margin: .4rem 0; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot: which metrics it shows, and what a reader should look for."""
+
+    title: str
+    hint: str
+    shows: Callable[[str], bool]
+
+
+def _is_part(key: str) -> bool:
+    total = {"reward/mean", "reward/std", "reward/spread"}
+    return key.startswith("reward/") and not key.endswith("_spread") and key not in total
+
+
+PANELS = (
+    Panel("Reward", "mean over the batch", lambda k: k == "reward/mean"),
+    Panel("Reward components", "as they enter the total", _is_part),
+    Panel(
+        "Spread inside the groups",
+        "a component at zero is cancelled by the baseline: it teaches nothing",
+        lambda k: k.endswith("_spread") or k in ("reward/std", "reward/spread"),
+    ),
+    Panel("Retrieval on held-out texts", "", lambda k: k.startswith("eval/")),
+    Panel("Completion length", "tokens", lambda k: k.startswith("completions/") and "length" in k),
+    Panel("Truncated completions", "share cut off by the limit", lambda k: "truncated" in k),
+    Panel("Entropy", "nats per token; a fall to zero is a collapse", lambda k: "entropy" in k),
+    Panel("KL", "nats per token", lambda k: k.split("/")[-1] == "kl" or "mismatch" in k),
+    Panel("Loss", "", lambda k: k in ("loss", "policy/loss", "train/loss")),
+    Panel("Gradient norm", "before clipping", lambda k: "grad_norm" in k),
+    Panel("Seconds per phase", "", lambda k: k.startswith("time/")),
+    Panel("Throughput", "tokens per second", lambda k: "tokens_per_s" in k or "tok_s" in k),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run folder says about itself."""
+
+    name: str
+    metrics: dict[str, Series]
+    samples: list[dict]
+    events: list[dict]
+    config: str
+    env: dict
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The records of a JSON-lines file; a half-written last line (a killed run) is left out.
+
+    Raises:
+        ValueError: a line other than the last that is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"report: {path}:{number} must be JSON, got {line[:60]!r}"
+                ) from error
+            logger.warning("%s: the last line is half written and left out", path)
+    return records
+
+
+def load_run(folder: Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        FileNotFoundError: no metrics.jsonl in it.
+    """
+    if not (folder / "metrics.jsonl").exists():
+        raise FileNotFoundError(f"report: {folder} must be a run folder, but has no metrics.jsonl")
+    metrics: dict[str, Series] = {}
+    for record in read_jsonl(folder / "metrics.jsonl"):
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                metrics.setdefault(key, {})[record["step"]] = float(value)
+    config, env = folder / "config.yaml", folder / "env.json"
+    return Run(
+        name=folder.name,
+        metrics=metrics,
+        samples=read_jsonl(folder / "samples.jsonl"),
+        events=read_jsonl(folder / "events.jsonl"),
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        env=json.loads(env.read_text(encoding="utf-8")) if env.exists() else {},
+    )
+
+
+def plot(panel: Panel, runs: Sequence[Run]) -> str | None:
+    """The panel as an SVG element; None when no run has such a metric."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    several = len(runs) > 1
+    for run in runs:
+        for key in sorted(filter(panel.shows, run.metrics)):
+            series = run.metrics[key]
+            points = [(s, v) for s, v in sorted(series.items()) if math.isfinite(v)]
+            if not points:
+                continue
+            label = key.split("/", 1)[-1]
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(points) < 30 else None
+            label = f"{run.name}: {label}" if several else label
+            axes.plot(steps, values, label=label, marker=marker, markersize=3, linewidth=1.4)
+    if not axes.lines:
+        return None
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(axes.lines) > 1 or several:
+        axes.legend(fontsize=8, frameon=False)
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):  # text stays text: smaller, searchable
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def plots_html(runs: Sequence[Run]) -> str:
+    """All panels for which there is something to show."""
+    figures = []
+    for panel in PANELS:
+        svg = plot(panel, runs)
+        if svg:
+            hint = f"<span>{html.escape(panel.hint)}</span>" if panel.hint else ""
+            caption = f"<figcaption>{html.escape(panel.title)}{hint}</figcaption>"
+            figures.append(f"<figure>{caption}{svg}</figure>")
+    return f'<div class="plots">{"".join(figures)}</div>'
+
+
+def is_number(value: object) -> bool:
+    """Whether a table shows the value as a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def cell(value: object) -> str:
+    """A table cell; numbers are aligned and shortened."""
+    if is_number(value):
+        return f'<td class="n">{value:.4g}</td>'
+    return f"<td>{html.escape(str(value))}</td>"
+
+
+def head_cell(column: str, rows: Sequence[dict]) -> str:
+    """A column's head, aligned as its values are."""
+    numbers = all(is_number(row[column]) for row in rows if column in row)
+    return f"<th{' class=n' if numbers else ''}>{html.escape(column)}</th>"
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Records as a table; the columns are the keys in the order in which they first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    head = "".join(head_cell(column, rows) for column in columns)
+    body = "".join(f"<tr>{''.join(cell(row.get(c, '')) for c in columns)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def last_values(runs: Sequence[Run]) -> str:
+    """First and last value of the metrics that people ask for first."""
+    wanted = [p for p in PANELS if p.title in ("Reward", "Retrieval on held-out texts", "Entropy")]
+    rows = []
+    for run in runs:
+        for key in sorted(k for k in run.metrics if any(p.shows(k) for p in wanted)):
+            series = run.metrics[key]
+            first, last = min(series), max(series)
+            row: dict[str, object] = {"run": run.name} if len(runs) > 1 else {}
+            rows.append(row | {"metric": key, "first": series[first], "last": series[last]})
+    return table(rows) if rows else "<p>No metrics yet.</p>"
+
+
+def samples_html(run: Run, count: int = 6) -> str:
+    """Samples of the first and of the last step that wrote some."""
+    if not run.samples:
+        return "<p>No samples were written.</p>"
+    steps = sorted({row.get("step", 0) for row in run.samples})
+    parts = []
+    for step in dict.fromkeys((steps[0], steps[-1])):
+        rows = [dict(row) for row in run.samples if row.get("step", 0) == step][:count]
+        for row in rows:
+            row.pop("step", None)
+        parts.append(f"<h3>Step {step}</h3>{table(rows)}")
+    return "".join(parts)
+
+
+def run_html(run: Run) -> str:
+    """What concerns one run: warnings, samples, settings, machine."""
+    warnings = "".join(
+        f'<div class="warn">step {event.get("step", "?")}: '
+        f"{html.escape(str(event.get('message', event)))}</div>"
+        for event in run.events
+    )
+    env = json.dumps(run.env, indent=2, ensure_ascii=False)
+    return (
+        f"<h2>{html.escape(run.name)}</h2>{warnings}{samples_html(run)}"
+        f"<details><summary>Settings</summary><pre>{html.escape(run.config)}</pre></details>"
+        f"<details><summary>Machine and versions</summary><pre>{html.escape(env)}</pre></details>"
+    )
+
+
+def render(title: str, runs: Sequence[Run], lead: str = "") -> str:
+    """The whole page."""
+    steps = [max(s) for run in runs for s in run.metrics.values() if s]
+    lead = lead or f"{len(runs)} run{'s' * (len(runs) > 1)}, {max(steps, default=0)} steps"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'
+        f"<h2>Where it began and where it ended</h2>{last_values(runs)}"
+        f"<h2>Curves</h2>{plots_html(runs)}{''.join(map(run_html, runs))}</body></html>"
+    )
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes FOLDER/report.html for a run, or for a folder whose subfolders are runs.
+
+    Raises:
+        FileNotFoundError: neither the folder nor a subfolder holds a run.
+    """
+    folder = Path(folder)
+    subfolders = sorted(p.parent for p in folder.glob("*/metrics.jsonl"))
+    if (folder / "metrics.jsonl").exists() or not subfolders:
+        subfolders = [folder]
+    page = render(folder.resolve().name, [load_run(path) for path in subfolders])
+    target, temporary = folder / "report.html", folder / "report.html.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(target)
+    return target
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Writes the report of each folder and prints its path."""
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(f"usage: {prog} RUN [RUN ...]\n\n{__doc__}\n")
+        return 0 if argv else 2
+    for folder in argv:
+        sys.stdout.write(f"{write_report(folder)}\n")
+    return 0

@@ -1,0 +1,78 @@
+"""The page about a run."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from tercet.engine.report import write_report
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch, and the text and tags it would show."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.fetched, self.tags, self.words = [], [], []
+        self.feed(markup)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href") and not v.startswith("#")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def make_run(folder, steps=5):
+    folder.mkdir(parents=True)
+    rows = [
+        {"step": s, "reward/mean": 0.1 * s, "reward/hard": -1.0, "reward/hard_spread": 0.0,
+         "eval/recall@1": 0.2, "entropy": float("nan") if s == 2 else 1.0}
+        for s in range(1, steps + 1)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sample = {"step": 1, "text": "<script>alert(1)</script>", "rationale": "bees & hives"}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    (folder / "events.jsonl").write_text('{"step": 3, "message": "reward part hard is dead"}\n')
+    (folder / "config.yaml").write_text("learning_rate: 1.0e-06\n")
+    (folder / "env.json").write_text('{"torch": "2.13.0"}')
+    return folder
+
+
+def test_the_page_stands_alone_and_holds_everything(tmp_path):
+    page = Page(write_report(make_run(tmp_path / "run")).read_text())
+    text = " ".join(page.words)
+    assert page.fetched == []
+    assert page.tags.count("svg") == 5
+    assert "script" not in page.tags
+    for part in ("alert(1)", "bees & hives", "hard is dead", "learning_rate", "2.13.0", "recall@1"):
+        assert part in text
+
+
+def test_several_runs_share_their_plots(tmp_path):
+    make_run(tmp_path / "paper")
+    make_run(tmp_path / "document")
+    page = Page(write_report(tmp_path).read_text())
+    assert page.tags.count("svg") == 5
+    assert "document: mean" in " ".join(page.words) or "paper: recall@1" in " ".join(page.words)
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path, caplog):
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')
+    write_report(run)
+    assert "half written" in caplog.text
+
+
+def test_a_broken_line_in_the_middle_is_an_error_with_its_place(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 must be JSON"):
+        write_report(run)
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl"):
+        write_report(tmp_path)
