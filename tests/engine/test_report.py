@@ -18,7 +18,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.fetched += [v for k, v in attrs if k in ("src", "href") and not v.startswith("#")]
+        self.fetched += [v for k, v in attrs if k in ("src", "href") and v and v[0] != "#"]
 
     def handle_data(self, data):
         self.words.append(data)
