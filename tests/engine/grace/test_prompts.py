@@ -157,7 +157,7 @@ BAD_TEMPLATES = {
     "<|im_start|>{{ messages[1].content }}{{ messages[1].content }}": "the user text exactly once",
     "<|im_start|>{{ messages[1].content | upper }}": "must show the user text exactly once",
     "{{ messages[1].content }}<|im_end|>": "must not depend on the text, got 0 common tokens of 0",
-    "<|im_start|>Ġ{{ messages[1].content | replace('boat', 'ship') }}": "give the user text as it is",
+    "<|im_start|>{{ messages[1].content | replace('boat', 'x') }}": "give the user text as it is",
 }
 
 
@@ -175,9 +175,7 @@ def test_user_header_that_melts_into_the_text_is_refused(tiny_tokenizer):
     tokenizer.chat_template = (
         "<|im_start|>{{ messages[0].content }} user: {{ messages[1].content }}"
     )
-    with pytest.raises(
-        ValueError, match="must not depend on the text, got .*; end the user header"
-    ):
+    with pytest.raises(ValueError, match=r"must not depend on the text, got .*; end the user"):
         build_prompt(tokenizer, "boat")
 
 
