@@ -1,0 +1,407 @@
+"""A causal language model on packed rows: hidden states in, everything else computed from them.
+
+The LM head never runs inside the model, so logits [n, vocab] do not exist in training: embeddings,
+log-probs and entropies all come from the hidden states of one forward pass (`score`).
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tercet.engine.attention import (
+    NAME,
+    Layout,
+    choose_backend,
+    plan_layout,
+    register_attention,
+    without_masks,
+)
+from tercet.engine.records import Packed, pack
+from tercet.kernels._typing import Float
+from tercet.kernels.reference import linear_logp_ref as linear_logp
+from tercet.kernels.reference import segment_mean_ref as segment_mean
+
+log = logging.getLogger(__name__)
+
+KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+# What a head does to its logits beside weight and bias, and the value that means "nothing".
+LOGIT_CHANGES = {
+    "final_logit_softcapping": (None, 0, 0.0),
+    "logit_scale": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "lm_head_multiplier": (None, 1, 1.0),
+}
+# Largest accepted error of packed rows against separate forwards, relative to the row's norm.
+PROOF_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+PROOF_TOLERANCE_HALF = 0.1
+# Largest accepted change of a row when only other rows change: shapes stay, so nearly none.
+LEAK_TOLERANCE = 1e-5
+LEAK_TOLERANCE_HALF = 1e-2
+
+
+class LMHead(NamedTuple):
+    """logits = hidden @ weight.T + bias."""
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None
+
+
+class Policy:
+    """A Hugging Face causal LM that is trained on packed rows.
+
+    The first packed call proves that rows cannot see each other (see `prove_isolation`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        attn: str = "auto",
+    ) -> None:
+        """Wraps `model`, whose attention becomes "tercet" (stock SDPA plus packed rows).
+
+        Args:
+            model: any causal LM whose attention goes through transformers' AttentionInterface.
+            tokenizer: saved beside the model and used by the sampler for its end token.
+            attn: "auto", or a packed backend: "flash_attention_2", "varlen", "sdpa".
+
+        Raises:
+            TypeError: not a PreTrainedModel.
+            ValueError: not a causal LM, a head that changes its logits, attention that cannot be
+                replaced, or a backend that cannot run here.
+        """
+        _check_model(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.attn = attn
+        self._isolated = False
+        choose_backend(attn, self.device, self.dtype)
+        register_attention()
+        model.set_attn_implementation(NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        attn: str = "auto",
+        activation_checkpointing: bool = False,
+    ) -> "Policy":
+        """Loads safetensors weights and the tokenizer from a folder or a hub id.
+
+        Remote code is never run, pickled weights are never read.
+
+        Raises:
+            FileNotFoundError: `path` looks like a folder and is none.
+            ValueError: weights are missing from the files, or as `Policy(...)`.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir() and (isinstance(path, Path) or path.startswith(("/", ".", "~"))):
+            raise FileNotFoundError(f"Policy.from_pretrained: no folder {folder}")
+        source = str(folder) if folder.is_dir() else str(path)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model, info = cast(tuple[PreTrainedModel, dict], loaded)
+        if info["missing_keys"] or info["mismatched_keys"]:
+            lacking = sorted(str(k) for k in {*info["missing_keys"], *info["mismatched_keys"]})
+            raise ValueError(
+                f"Policy.from_pretrained: {source} must hold every weight of "
+                f"{type(model).__name__}, got none or another shape for {lacking[:5]}; "
+                "compare config.json with the weights"
+            )
+        if activation_checkpointing:
+            _checkpoint_activations(model)
+        if device is not None:
+            nn.Module.to(model, device)
+        return cls(model, _load_tokenizer(source), attn=attn)
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding_weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.head().weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head().weight.shape[0]
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest row the model's positions allow, None when its config names none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def _embedding_weight(self) -> Tensor:
+        return cast(nn.Embedding, self.model.get_input_embeddings()).weight
+
+    def head(self) -> LMHead:
+        """The LM head's own parameters, not copies."""
+        layer = cast(nn.Linear, self.model.get_output_embeddings())
+        return LMHead(layer.weight, layer.bias)
+
+    def hidden(self, packed: Packed) -> Float[Tensor, "n hidden"]:
+        """Last-layer hidden states after the final norm, with gradient; rows see only themselves.
+
+        Raises:
+            ValueError: other device, ids outside of the vocabulary (checked on the CPU only), or a
+                row longer than the model's positions.
+            RuntimeError: rows of this model can see each other (first call only).
+        """
+        self._check(packed)
+        if not self._isolated:
+            self.prove_isolation()
+        return self._forward(packed)
+
+    def prove_isolation(self) -> float:
+        """Proves on short random rows that packing changes nothing; the largest relative error.
+
+        Three comparisons: packed rows against the model's own forward of each row alone; a row
+        while the others change; and the model's logits against hidden @ weight.T + bias.
+
+        Raises:
+            RuntimeError: any of them differs by more than the dtype's rounding.
+        """
+        rows = _proof_rows(self.vocab_size, self._windows())
+        half = self._compute_dtype() in (torch.float16, torch.bfloat16)
+        with evaluating(self.model), torch.no_grad():
+            packed = self._forward(pack(rows, device=self.device))
+            others = [[(t + 1) % self.vocab_size for t in row] for row in rows[:-1]]
+            changed = self._forward(pack([*others, rows[-1]], device=self.device))
+            leak = _relative_error(changed[-len(rows[-1]) :], packed[-len(rows[-1]) :])
+            error, head_error = 0.0, 0.0
+            for row, hidden in zip(rows, packed.split([len(row) for row in rows]), strict=True):
+                ids = torch.tensor([row], device=self.device)
+                alone = self._base(input_ids=ids, use_cache=False).last_hidden_state[0]
+                logits = self.model(input_ids=ids, use_cache=False).logits[0]
+                error = max(error, _relative_error(hidden, alone))
+                head_error = max(head_error, _relative_error(F.linear(alone, *self.head()), logits))
+        tolerance = PROOF_TOLERANCE_HALF if half else PROOF_TOLERANCE[self._compute_dtype()]
+        name = type(self.model).__name__
+        if not (error <= tolerance and leak <= (LEAK_TOLERANCE_HALF if half else LEAK_TOLERANCE)):
+            raise RuntimeError(
+                f"Policy: packed rows of {name} must equal separate forwards, got relative error "
+                f"{error:.1e} (limit {tolerance:.0e}) and leak between rows {leak:.1e}; its "
+                f"attention is not causal or ignores the packed layout (implementation "
+                f"{self.model.config._attn_implementation!r}, must be {NAME!r}); use a causal "
+                "architecture whose attention goes through transformers' AttentionInterface"
+            )
+        if not head_error <= tolerance:
+            raise RuntimeError(
+                f"Policy: logits of {name} must be hidden @ weight.T + bias, got relative error "
+                f"{head_error:.1e}; its head scales or caps logits, which is not supported"
+            )
+        self._isolated = True
+        return error
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a Hugging Face folder: safetensors, config, tokenizer; each file appears whole."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            self.model.save_pretrained(partial)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
+            folder.mkdir(exist_ok=True)
+            for file in sorted(partial.iterdir()):
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.model.base_model)
+
+    def _compute_dtype(self) -> torch.dtype:
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+
+    def _windows(self) -> list[int]:
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+        return [window] if window and "sliding_attention" in layers else []
+
+    def _layout(self, packed: Packed) -> Layout:
+        dtype = self._compute_dtype()
+        backend = choose_backend(self.attn, self.device, dtype)
+        return plan_layout(packed.cu_seqlens, packed.max_seqlen, backend, dtype)
+
+    def _forward(self, packed: Packed) -> Float[Tensor, "n hidden"]:
+        with without_masks(self._base.config):
+            out = self._base(
+                input_ids=packed.ids[None],
+                attention_mask=None,
+                position_ids=packed.positions[None],
+                use_cache=False,
+                packed_layout=self._layout(packed),
+            )
+        return out.last_hidden_state[0]
+
+    def _check(self, packed: Packed) -> None:
+        if packed.ids.device != self.device:
+            raise ValueError(
+                f"Policy.hidden: packed must be on {self.device}, got {packed.ids.device}; "
+                "call packed.to(policy.device)"
+            )
+        if self.max_length is not None and packed.max_seqlen > self.max_length:
+            raise ValueError(
+                f"Policy.hidden: a row must be at most {self.max_length} tokens long "
+                f"(max_position_embeddings), got {packed.max_seqlen}; truncate it"
+            )
+        if packed.ids.device.type == "cpu":
+            low, high = (int(x) for x in packed.ids.aminmax())
+            if low < 0 or high >= len(self._embedding_weight):
+                raise ValueError(
+                    f"Policy.hidden: ids must be in [0, {len(self._embedding_weight)}), got "
+                    f"[{low}, {high}]; use this model's own tokenizer"
+                )
+
+
+class Scored(NamedTuple):
+    """What one forward pass says about a packed batch; m is the number of loss_mask tokens."""
+
+    logp: Float[Tensor, " m"]  # nats, of each loss_mask token, in packed order
+    entropy: Float[Tensor, " m"] | None  # nats, of the distribution the token was drawn from
+    embedding: Float[Tensor, "rows hidden"] | None  # mean over pool_mask, not normalised
+
+
+def score(
+    policy: Policy,
+    packed: Packed,
+    *,
+    temperature: float | Float[Tensor, " m"] = 1.0,
+    entropy: bool = False,
+    embed: bool = False,
+) -> Scored:
+    """Log-probs, entropies and embeddings of a packed batch from one forward pass, with gradient.
+
+    logp of token t is read from the hidden state of token t - 1 of its row.
+
+    Args:
+        policy: the model.
+        packed: the rows; loss_mask says which tokens are scored.
+        temperature: that the logits are divided by, one number or one per loss_mask token.
+        entropy: also return entropies.
+        embed: also return the mean hidden state over pool_mask; zeros for a row without such.
+
+    Raises:
+        ValueError: the first token of a row is in loss_mask (nothing predicts it), or as
+            `Policy.hidden`.
+    """
+    tokens = packed.loss_mask.nonzero().squeeze(1)  # [m]
+    if (packed.positions[tokens] == 0).any():
+        raise ValueError(
+            "score: loss_mask must not hold the first token of a row, which nothing predicts; "
+            "give every row a prompt"
+        )
+    hidden = policy.hidden(packed)
+    weight, bias = policy.head()
+    logp = linear_logp(
+        hidden[tokens - 1],
+        weight,
+        packed.ids[tokens],
+        bias=bias,
+        temperature=temperature,
+        return_entropy=entropy,
+    )
+    embedding = segment_mean(hidden, packed.cu_seqlens, packed.pool_mask) if embed else None
+    return Scored(logp.logp, logp.entropy, embedding)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) within; afterwards each module's training flag is as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Policy: model must be a transformers PreTrainedModel, got {name}")
+    config = model.config.get_text_config()
+    causal = model.can_generate() and getattr(config, "is_causal", True)
+    if not causal or config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise ValueError(f"Policy: model must be a causal language model with a head, got {name}")
+    if model.base_model is model or not model._can_set_attn_implementation():
+        raise ValueError(
+            f"Policy: the attention of {name} must go through transformers' AttentionInterface; "
+            "use an architecture that does (Qwen2, Qwen3, Llama, Mistral, ...)"
+        )
+    changed = {
+        key: value
+        for key, neutral in LOGIT_CHANGES.items()
+        if (value := getattr(config, key, None)) not in neutral
+    }
+    if changed:
+        raise ValueError(
+            f"Policy: logits of {name} must be hidden @ weight.T + bias, got {changed} in its "
+            "config, which is not supported"
+        )
+    unknown = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if unknown:
+        raise ValueError(
+            f"Policy: layers of {name} must be {sorted(KNOWN_LAYERS)}, got {sorted(unknown)}"
+        )
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # transformers before 5.20 knows it by its older name
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        log.warning("Policy.from_pretrained: no tokenizer in %s", source)
+        return None
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def _proof_rows(vocab_size: int, windows: list[int]) -> list[list[int]]:
+    lengths = [5, 9, 7, *(w + 3 for w in windows if w <= 256), 7]  # 9 and 7 share an sdpa bucket
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (n,), generator=draw).tolist() for n in lengths]
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.double(), expected.double()
+    norm = expected.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((got - expected).norm(dim=-1) / norm).max())
