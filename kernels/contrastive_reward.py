@@ -185,7 +185,7 @@ def _check(
     groups, _, hidden = rollouts.shape
     if queries.shape != (groups, hidden):
         raise ValueError(
-            f"{op}: queries must be [{groups}, {hidden}] as rollouts are, got {tuple(queries.shape)}"
+            f"{op}: queries must be [{groups}, {hidden}] like rollouts, got {tuple(queries.shape)}"
         )
     if negatives is not None and (
         negatives.ndim != 3 or negatives.shape[0] != groups or negatives.shape[2] != hidden
