@@ -5,14 +5,20 @@ Every op has a plain definition in `tercet.kernels.reference` and takes
 """
 
 from tercet.kernels.contrastive_reward import contrastive_reward
+from tercet.kernels.linear_logp import linear_logp
 from tercet.kernels.masked_mean import masked_mean, segment_mean
+from tercet.kernels.policy_loss import policy_loss
 from tercet.kernels.reference import ContrastiveReward, PolicyLoss, TokenLogp
+from tercet.kernels.token_logp import token_logp
 
 __all__ = [
     "ContrastiveReward",
     "PolicyLoss",
     "TokenLogp",
     "contrastive_reward",
+    "linear_logp",
     "masked_mean",
+    "policy_loss",
     "segment_mean",
+    "token_logp",
 ]
