@@ -59,9 +59,8 @@ def choose_backend(attn: str, device: torch.device, dtype: torch.dtype) -> Backe
     """
     half_on_cuda = device.type == "cuda" and dtype in HALF
     usable: dict[Backend, bool] = {
-        "flash_attention_2": half_on_cuda and importlib.util.find_spec("flash_attn") is not None,
-        "varlen": half_on_cuda
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "flash_attention_2": half_on_cuda and find_spec("flash_attn") is not None,
+        "varlen": half_on_cuda and {"scale", "window_size"} <= _varlen_options(),
         "sdpa": True,
     }
     if attn == "auto":
@@ -230,16 +229,13 @@ def _flash(
             f"packed attention: varlen_attn has no dropout, got attention_dropout {dropout}; "
             "set it to 0 in the model's config, or use attn='sdpa'"
         )
-    gqa = {}
-    if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in _varlen_options():
-            gqa = {"enable_gqa": True}
-        else:  # older signature: give every head its own keys
-            groups = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out = varlen_attn(
-        query, key, value, cu, cu, longest, longest, scale=scale, window_size=(left, 0), **gqa
-    )
+    options = {"scale": scale, "window_size": (left, 0)}
+    if "enable_gqa" in _varlen_options():
+        options["enable_gqa"] = True
+    elif query.shape[1] != key.shape[1]:  # torch before it had the option: a key for every head
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = varlen_attn(query, key, value, cu, cu, longest, longest, **options)
     assert isinstance(out, Tensor)  # a tuple only where return_aux is asked for
     return out
 
