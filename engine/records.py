@@ -50,6 +50,7 @@ class Request:
     group: int = 0  # index of the group inside the batch
     role: str = "rollout"  # what the system uses it for; only "rollout" rows are trained
     pool_from: int | None = None  # first prompt token that enters the embedding; None: no embedding
+    truncated: bool = False  # the prompt lost text to fit its limit; counted, nothing else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +157,7 @@ class Rewards:
 
     total: Float[Tensor, " n"]
     parts: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)  # as they enter the total
+    counts: dict[str, float] = field(default_factory=dict)  # what the system counted, to be logged
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -1,0 +1,138 @@
+"""Settings of a GRACE run: the paper's where they work, else see docs/departures.md."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from tercet.engine.grace.prompts import SYSTEM_PROMPT
+from tercet.engine.grace.rewards import RewardConfig
+from tercet.engine.train_config import TrainConfig
+
+Mode = Literal["supervised", "unsupervised"]
+Overlong = Literal["truncate", "drop"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraceData:
+    """Where the texts come from, and how one becomes a prompt."""
+
+    path: str  # .jsonl, .txt (one text per line) or .parquet
+    mode: Mode = "supervised"  # pairs, or texts alone
+    columns: dict[str, str] = field(default_factory=dict)  # our name -> the file's name
+    num_negatives: int | None = None  # per row; None: as many as every row has
+    remove: str | None = None  # regular expression; what it matches is deleted from every text
+    test_path: str | None = None  # held-out rows; None: split off `path`
+    test_fraction: float = 0.01  # of the rows, after a shuffle
+    split_seed: int = 0  # of that shuffle: not train.seed, so that seeds share their test rows
+    max_prompt_length: int = 1024  # tokens, template included
+    overlong: Overlong = "truncate"  # or "drop" training rows whose document is longer than that
+    system_prompt: str = SYSTEM_PROMPT
+
+    def __post_init__(self) -> None:
+        _check_choice("GraceData", "mode", self.mode, get_args(Mode))
+        _check_choice("GraceData", "overlong", self.overlong, get_args(Overlong))
+        if not 0.0 <= self.test_fraction < 1.0:
+            raise ValueError(
+                f"GraceData: test_fraction must be in [0, 1), got {self.test_fraction}"
+            )
+        if self.num_negatives is not None and self.num_negatives < 0:
+            raise ValueError(f"GraceData: num_negatives must be >= 0, got {self.num_negatives}")
+        if self.mode == "unsupervised" and self.num_negatives:
+            raise ValueError(
+                "GraceData: unsupervised data has no negatives, "
+                f"got num_negatives={self.num_negatives}; leave it out"
+            )
+        try:
+            re.compile(self.remove or "")
+        except re.error as error:
+            raise ValueError(
+                f"GraceData: remove must be a regular expression, got {self.remove!r} ({error})"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraceEval:
+    """Retrieval on held-out rows, every train.eval_steps steps."""
+
+    num_texts: int = 256  # held-out rows, at most; 0: none
+    temperature: float = 1.0  # seeded, so equal weights give equal figures; 0 is greedy
+
+    def __post_init__(self) -> None:
+        if self.num_texts < 0:
+            raise ValueError(f"GraceEval: num_texts must be >= 0, got {self.num_texts}")
+        _check_temperature("GraceEval", "temperature", self.temperature)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraceConfig:
+    """Train a language model to write rationales whose mean hidden state embeds the text.
+
+    One step takes generation_batch_size / num_generations rows of the data; the document of each
+    is sampled num_generations times, its query and its negatives once.
+    """
+
+    model: str  # folder or hub id of a causal language model with a chat template
+    data: GraceData
+    output_dir: str = "runs/grace"
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: GraceEval = field(default_factory=GraceEval)
+
+    num_generations: int = 8  # G, rollouts of each document
+    generation_batch_size: int = 512  # rollouts per step: groups times num_generations
+    max_completion_length: int = 2048  # new tokens, the end token included
+    temperature: float = 1.0  # of the rollouts
+    anchor_temperature: float = 0.5  # of queries, negatives, and unsupervised anchors
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps the whole vocabulary
+
+    device: str | None = None  # None: CUDA where there is one
+    dtype: Dtype = "float32"  # of the weights; train.bf16 computes in bfloat16 beside them
+    attn: str = "auto"  # see Policy
+    activation_checkpointing: bool = False
+    max_batch_size: int = 256  # rows sampled at once; memory only
+
+    def __post_init__(self) -> None:
+        _check_choice("GraceConfig", "dtype", self.dtype, get_args(Dtype))
+        for name in ("num_generations", "generation_batch_size", "max_completion_length"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"GraceConfig: {name} must be >= 1, got {value}")
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                "GraceConfig: generation_batch_size must be a multiple of num_generations "
+                f"({self.num_generations}), got {self.generation_batch_size}"
+            )
+        estimator = self.train.advantage_estimator
+        if self.num_generations == 1 and estimator in ("grpo", "rloo", "dapo"):
+            raise ValueError(
+                f"GraceConfig: num_generations must be >= 2 under {estimator!r} "
+                "(a group of one is its own baseline: every advantage is 0), got 1; raise it, or "
+                "use advantage_estimator 'reinforce++' or 'remax'"
+            )
+        _check_temperature("GraceConfig", "anchor_temperature", self.anchor_temperature)
+        _check_temperature("GraceConfig", "temperature", self.temperature)
+        if self.temperature == 0:
+            raise ValueError(
+                "GraceConfig: temperature must be > 0, got 0 (greedy rollouts of a group are all "
+                "the same); anchor_temperature may be 0"
+            )
+
+    @property
+    def groups_per_step(self) -> int:
+        """B, rows of the data per step."""
+        return self.generation_batch_size // self.num_generations
+
+
+def _check_choice(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{owner}: {name} must be one of {allowed}, got {value!r}")
+
+
+def _check_temperature(owner: str, name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{owner}: {name} must be finite and >= 0, got {value}")
