@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tercet.kernels._checks import Impl, check_float, check_same_device, use_triton
+from tercet.kernels._memory import empty_huge
 from tercet.kernels._typing import Bool, Float, Int
 from tercet.kernels.reference import NORM_EPS, accumulator_dtype
 
@@ -94,7 +95,7 @@ def _backward_torch(
     mask: Tensor | None,
 ) -> Tensor:
     """Copies each row's gradient to its kept tokens, and zeros to all others."""
-    out = row_grad.new_empty(shape, dtype=dtype)
+    out = empty_huge(shape, dtype=dtype, device=row_grad.device)
     cu = _boundaries(out, cu_seqlens)
     token = torch.arange(shape[:-1].numel(), device=out.device)
     row = torch.searchsorted(cu[1:], token, right=True)  # len(row_grad) behind the last row
