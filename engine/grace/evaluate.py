@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from tercet.engine.model import score
-from tercet.engine.records import pack, split_by_tokens
-from tercet.kernels._typing import Bool, Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tercet.engine.model import Policy
+from tercet.engine.model import Policy, evaluating, score
+from tercet.engine.records import pack, split_by_tokens
+from tercet.kernels._typing import Bool, Float
 
 TIE = 1e-9  # cosines closer than this are the same number: float64 rounding of equal vectors
 SCORES_PER_CHUNK = 1 << 22  # similarities held at once; memory only
@@ -265,17 +262,12 @@ def completion_loss(
         )
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     total, count = 0.0, 0
-    training = policy.model.training
-    policy.model.eval()
-    try:
-        with torch.no_grad():
-            for part in split_by_tokens(lengths, max_tokens_per_batch):
-                packed = pack([prompts[i] for i in part], [completions[i] for i in part])
-                logp = score(policy, packed.to(policy.device)).logp
-                total -= float(logp.double().sum())
-                count += logp.numel()
-    finally:
-        policy.model.train(training)
+    with evaluating(policy.model), torch.no_grad():
+        for part in split_by_tokens(lengths, max_tokens_per_batch):
+            packed = pack([prompts[i] for i in part], [completions[i] for i in part])
+            logp = score(policy, packed.to(policy.device)).logp
+            total -= float(logp.double().sum())
+            count += logp.numel()
     return total / count
 
 
@@ -292,11 +284,11 @@ def held_out_loss(
     token of a text is given, not predicted; texts are cut at max_length tokens.
 
     Raises:
-        ValueError: no text of at least two tokens.
+        ValueError: no tokenizer, or no text of at least two tokens.
     """
-    rows: list[list[int]] = [
-        policy.tokenizer(text, add_special_tokens=True)["input_ids"][:max_length] for text in texts
-    ]
+    if policy.tokenizer is None:
+        raise ValueError("held_out_loss: the policy must have a tokenizer, got None")
+    rows = [list(policy.tokenizer.encode(text))[:max_length] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError(

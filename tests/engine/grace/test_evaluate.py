@@ -5,6 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+
 from tercet.engine.grace.evaluate import (
     anisotropy,
     distinct_share,
