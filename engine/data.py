@@ -29,7 +29,9 @@ def read_rows(
     required: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
 ) -> Rows:
-    """All rows of one file as dictionaries, in file order; blank lines are counted, not kept.
+    """All rows of one file as dictionaries, in file order.
+
+    Blank lines are no rows: they are counted in `blank_lines`, for the caller to show.
 
     `.jsonl` holds one JSON object per line, `.txt` one text per line (column `text`), `.parquet` a
     table.
@@ -69,7 +71,7 @@ def read_rows(
             f"({rows.blank_lines} blank lines)"
         )
     if rows.blank_lines:
-        logger.warning("read_rows: %s: %d blank lines skipped", path, rows.blank_lines)
+        logger.info("read_rows: %s: %d blank lines skipped", path, rows.blank_lines)
     return rows
 
 

@@ -17,7 +17,7 @@ def write(path, text):
 
 def test_jsonl_keeps_order_lines_and_counts_blank_lines(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", '{"text": "one"}\n\n  \n{"text": "two", "n": 3}\r\n')
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         rows = read_rows(path, ["text"])
     assert rows == [{"text": "one"}, {"text": "two", "n": 3}]
     assert (rows.lines, rows.blank_lines) == ([1, 4], 2)

@@ -1,0 +1,47 @@
+"""GRACE: a language model that writes rationales and is paid for what their embeddings can do.
+
+Source: arXiv:2510.04506.  Loading this package loads no torch; its names do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tercet.engine.grace.config import GraceConfig
+    from tercet.engine.grace.encoder import GraceEncoder
+    from tercet.engine.grace.train import train
+
+_HOMES = {
+    "GraceConfig": "tercet.engine.grace.config",
+    "GraceEncoder": "tercet.engine.grace.encoder",
+    "train": "tercet.engine.grace.train",
+}
+
+
+class _Package(types.ModuleType):
+    """Keeps `grace.train` the function after the submodule of that name has been loaded."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, types.ModuleType) and name in _HOMES:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)
+
+
+__all__ = ["GraceConfig", "GraceEncoder", "train"]

@@ -1,0 +1,241 @@
+"""GRACE as the trainer sees it: what to sample at each step, and what the rationales earn.
+
+Per group: the document num_generations times (role "rollout", trained), its query once (role
+"query"; unsupervised: the document once more, cooler, as the anchor), each negative once (role
+"negative").  All of a step is one sampler call.  Source: arXiv:2510.04506, sections 3.3 and 3.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tercet.engine.grace.config import GraceConfig
+from tercet.engine.grace.data import Dataset, Epochs, Example
+from tercet.engine.grace.evaluate import anisotropy, distinct_share, retrieval_metrics
+from tercet.engine.grace.prompts import Prompt, PromptBuilder
+from tercet.engine.grace.rewards import grace_reward
+from tercet.engine.model import Policy
+from tercet.engine.records import Completion, Request, Rewards, Rollouts, SamplingParams
+from tercet.engine.rollout import request_seed
+from tercet.engine.sampler import Sampler
+from tercet.kernels._typing import Float, Int
+
+SAMPLED_GROUPS = 2  # groups per step that samples.jsonl shows, each by its best and worst rollout
+EVAL_STEP = 0  # of the request seeds: training counts from 1
+
+
+class GraceSystem:
+    """Requests and rewards of GRACE for one dataset; a `System` of engine/trainer.py."""
+
+    def __init__(
+        self, policy: Policy, sampler: Sampler, dataset: Dataset, config: GraceConfig
+    ) -> None:
+        """Prepares prompts and the order of the rows.
+
+        Args:
+            policy: whose tokenizer builds the prompts.
+            sampler: samples from this very policy; used here for evaluation only.
+            dataset: see `load_dataset`.
+            config: see `GraceConfig`.
+
+        Raises:
+            ValueError: the policy has no tokenizer, or one that `PromptBuilder` refuses.
+        """
+        if policy.tokenizer is None:
+            raise ValueError(
+                "GraceSystem: the policy must have a tokenizer, got None; "
+                "save one beside the model, or pass it to Policy"
+            )
+        self.config = config
+        self.dataset = dataset
+        self.sampler = sampler
+        self.tokenizer = policy.tokenizer
+        self.prompt = PromptBuilder(
+            policy.tokenizer,
+            max_prompt_length=config.data.max_prompt_length,
+            system_prompt=config.data.system_prompt,
+        )
+        self._epochs = Epochs(len(dataset.train), config.train.seed)
+        self._rollout = SamplingParams(
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
+        self._anchor = replace(self._rollout, temperature=config.anchor_temperature)
+
+    def examples(self, step: int) -> list[Example]:
+        """The rows of step 1, 2, ..., one per group; a pure function of (train.seed, step)."""
+        size = self.config.groups_per_step
+        return [self.dataset.train[i] for i in self._epochs.rows((step - 1) * size, size)]
+
+    def requests(self, step: int) -> list[Request]:
+        """What to sample at step 1, 2, ..., group after group."""
+        requests = []
+        for group, example in enumerate(self.examples(step)):
+            document = self.prompt(example.document)
+            query = document if example.query is None else self.prompt(example.query)
+            rollout = self._request(document, group, "rollout", self._rollout)
+            requests += [rollout] * self.config.num_generations
+            requests.append(self._request(query, group, "query", self._anchor))
+            requests += [
+                self._request(self.prompt(text), group, "negative", self._anchor)
+                for text in example.negatives
+            ]
+        return requests
+
+    def rewards(self, rollouts: Rollouts) -> Rewards:
+        """Contrastive reward of every rollout; see `grace_reward`.
+
+        Groups that share a text (a repeated row, a query that is another group's document) are
+        not each other's negatives.
+        """
+        rows = {role: rollouts.rows(role) for role in ("rollout", "query", "negative")}
+        num_groups = len(rows["query"])
+        group_ids = shared_text_ids(rollouts)
+        finished = [rollouts.completions[i].finished for i in rows["rollout"]]
+        negatives = self._embeddings(rollouts, rows["negative"]) if rows["negative"] else None
+        rewards = grace_reward(
+            self._embeddings(rollouts, rows["rollout"]).unflatten(0, (num_groups, -1)),
+            self._embeddings(rollouts, rows["query"]),
+            None if negatives is None else negatives.unflatten(0, (num_groups, -1)),
+            torch.tensor(finished).view(num_groups, -1),
+            self.config.reward,
+            group_ids,
+        )
+        return replace(rewards, counts=self._counts(rollouts, group_ids))
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Retrieval on held-out rows, query -> document (unsupervised: a text -> itself).
+
+        Every text is sampled once with the same seeds at every step.  {} without two held-out rows.
+        """
+        examples = self.dataset.test[: self.config.evaluation.num_texts]
+        if len(examples) < 2:
+            return {}
+        documents = list(dict.fromkeys(example.document for example in examples))
+        position = {text: i for i, text in enumerate(documents)}
+        queries = [e.document if e.query is None else e.query for e in examples]
+        params = replace(self._rollout, temperature=self.config.evaluation.temperature)
+        requests = [
+            self._request(
+                self.prompt(text),
+                index,
+                "evaluation",
+                replace(params, seed=request_seed(self.config.train.seed, EVAL_STEP, index)),
+            )
+            for index, text in enumerate([*documents, *queries])
+        ]
+        completions = self.sampler.sample(requests)
+        vectors = stack_embeddings(completions)
+        found = retrieval_metrics(
+            vectors[len(documents) :],
+            vectors[: len(documents)],
+            [{position[example.document]} for example in examples],
+        )
+        written = [self.tokenizer.decode(c.ids) for c in completions[: len(documents)]]
+        spread = {"anisotropy": anisotropy(vectors[: len(documents)])} if len(documents) > 1 else {}
+        return {
+            **{name: found[name] for name in ("recall@1", "recall@10", "ndcg@10", "mrr")},
+            **spread,
+            "distinct_share": distinct_share([str(text) for text in written]),
+            "mean_length": sum(len(c.ids) for c in completions) / len(completions),
+            "clipped_ratio": sum(not c.finished for c in completions) / len(completions),
+        }
+
+    def samples(self, rollouts: Rollouts, rewards: Rewards) -> list[dict[str, Any]]:
+        """Best and worst rollout of the first groups, with texts and reward parts."""
+        shown = []
+        rows = rollouts.rows("rollout")
+        for group in range(min(SAMPLED_GROUPS, len(rollouts.rows("query")))):
+            places = [p for p, row in enumerate(rows) if rollouts.requests[row].group == group]
+            order = sorted(places, key=lambda place: float(rewards.total[place]))
+            for place in dict.fromkeys((order[-1], order[0])):
+                shown.append(self._sample(rollouts, rewards, rows[place], place))
+        return shown
+
+    def _request(self, prompt: Prompt, group: int, role: str, params: SamplingParams) -> Request:
+        return Request(
+            prompt_ids=prompt.ids,
+            params=params,
+            group=group,
+            role=role,
+            pool_from=prompt.pool_from,
+            truncated=prompt.truncated,
+        )
+
+    def _embeddings(self, rollouts: Rollouts, rows: Sequence[int]) -> Float[Tensor, "rows hidden"]:
+        return stack_embeddings([rollouts.completions[i] for i in rows])
+
+    def _counts(self, rollouts: Rollouts, group_ids: Int[Tensor, " groups"]) -> dict[str, float]:
+        """What a reader of the metrics should know about the step's texts."""
+        others = [i for i, r in enumerate(rollouts.requests) if r.role in ("query", "negative")]
+        first = {(r.group, r.role, tuple(r.prompt_ids)): r.truncated for r in rollouts.requests}
+        cut = [i for i in others if not rollouts.completions[i].finished]
+        return {
+            "prompts/truncated": float(sum(first.values())),
+            "groups/sharing_a_text": float(len(group_ids) - len(group_ids.unique())),
+            "anchors/clipped_ratio": len(cut) / len(others),
+        }
+
+    def _sample(self, rollouts: Rollouts, rewards: Rewards, row: int, place: int) -> dict[str, Any]:
+        request, completion = rollouts.requests[row], rollouts.completions[row]
+        query = next(
+            i for i in rollouts.rows("query") if rollouts.requests[i].group == request.group
+        )
+        sample = {
+            "group": request.group,
+            "text": self._text(request),
+            "rationale": self.tokenizer.decode(completion.ids),
+            "finished": completion.finished,
+            "reward": float(rewards.total[place]),
+            **{f"reward/{name}": float(part[place]) for name, part in rewards.parts.items()},
+            "query_rationale": self.tokenizer.decode(rollouts.completions[query].ids),
+        }
+        if rollouts.requests[query].prompt_ids != request.prompt_ids:
+            sample["query"] = self._text(rollouts.requests[query])
+        return sample
+
+    def _text(self, request: Request) -> str:
+        """The user's text in a prompt, as far as it was kept."""
+        stop = len(request.prompt_ids) - len(self.prompt.suffix_ids)
+        return str(self.tokenizer.decode(request.prompt_ids[len(self.prompt.prefix_ids) : stop]))
+
+
+def stack_embeddings(completions: Sequence[Completion]) -> Float[Tensor, "rows hidden"]:
+    """The pooled embeddings of completions.
+
+    Raises:
+        ValueError: a completion without one.
+    """
+    embeddings = [c.embedding for c in completions if c.embedding is not None]
+    if len(embeddings) < len(completions):
+        raise ValueError(
+            f"stack_embeddings: every completion must have an embedding, got none for "
+            f"{len(completions) - len(embeddings)} of {len(completions)}; use a sampler that pools"
+        )
+    return torch.stack(embeddings)
+
+
+def shared_text_ids(rollouts: Rollouts) -> Int[Tensor, " groups"]:
+    """One number per group, equal for groups whose documents or queries share a prompt."""
+    parent: dict[int, int] = {}
+
+    def root(group: int) -> int:
+        while parent[group] != group:
+            group = parent[group]
+        return group
+
+    owner: dict[tuple[int, ...], int] = {}
+    for request in rollouts.requests:
+        if request.role not in ("rollout", "query"):
+            continue
+        group = root(parent.setdefault(request.group, request.group))
+        other = root(owner.setdefault(tuple(request.prompt_ids), group))
+        parent[max(group, other)] = min(group, other)
+    return torch.tensor([root(group) for group in sorted(parent)])

@@ -1,0 +1,127 @@
+"""Trains GRACE from one config: data, policy, sampler, the loop, and a folder with the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tercet.engine.config import load_config, to_yaml
+from tercet.engine.grace.config import GraceConfig
+from tercet.engine.grace.data import Dataset, drop_overlong, load_dataset
+from tercet.engine.grace.prompts import PromptBuilder
+from tercet.engine.grace.system import GraceSystem
+from tercet.engine.metrics import RunLog
+from tercet.engine.model import Policy
+from tercet.engine.sampler import TransformersSampler
+from tercet.engine.trainer import Trainer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a training run left behind."""
+
+    folder: Path  # config.yaml, env.json, metrics.jsonl, samples.jsonl, events.jsonl, checkpoints
+    checkpoint: Path  # the last one: a Hugging Face folder plus what a resume needs
+    metrics: dict[str, float]  # of the last step
+
+
+def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
+    """Trains up to train.max_steps and returns where the result lies.
+
+    Args:
+        config: see `GraceConfig`.
+        resume: go on with the run in output_dir.  None: do so when it is unfinished and has these
+            very settings, as after a kill; True: whatever its settings; False: never.
+
+    Raises:
+        FileExistsError: output_dir holds a run that is not to be resumed.
+        FileNotFoundError: no such data file or model folder.
+        ValueError: the data, the tokenizer or a setting cannot be used; nothing was written.
+        RuntimeError: NaN or infinity during training; see `Trainer.train`.
+    """
+    folder = Path(config.output_dir)
+    resumes = _resumes(folder, config, resume)
+    dataset = load_dataset(config.data)
+    policy = load_policy(config)
+    sampler = TransformersSampler(policy, max_batch_size=config.max_batch_size)
+    dataset = _fitting(dataset, policy, config)
+    system = GraceSystem(policy, sampler, dataset, config)
+    with RunLog.create(folder, config, total_steps=config.train.max_steps, resume=resumes) as log:
+        if not resumes:
+            log.step = -1  # before everything: a run that starts over keeps these lines
+            _tell(log, dataset, config)
+        metrics = Trainer(policy, sampler, system, config.train, log).train()
+        checkpoint = folder / f"checkpoint-{config.train.max_steps}"
+        log.info(f"wrote {checkpoint} (a Hugging Face folder) and the run's records in {folder}")
+    return Run(folder=folder, checkpoint=checkpoint, metrics=metrics)
+
+
+def load_policy(config: GraceConfig) -> Policy:
+    """The model and tokenizer of a config, on its device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Policy.from_pretrained`.
+    """
+    return Policy.from_pretrained(
+        config.model,
+        dtype=DTYPES[config.dtype],
+        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        attn=config.attn,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """`tercet grace train [--resume] [--config FILE.yaml] [--key.subkey VALUE ...]`."""
+    rest = [word for word in argv if word != "--resume"]
+    config = load_config(GraceConfig, rest, prog=prog)
+    train(config, resume=True if len(rest) < len(argv) else None)
+    return 0
+
+
+def _resumes(folder: Path, config: GraceConfig, resume: bool | None) -> bool:
+    """Whether to go on with what is in the folder."""
+    settings = folder / "config.yaml"
+    if not settings.exists():
+        return False
+    finished = (folder / f"checkpoint-{config.train.max_steps}").exists()
+    same = settings.read_text(encoding="utf-8") == to_yaml(config)
+    if resume or (resume is None and same and not finished):
+        return True
+    kind = "a run with other settings" if not same else "a finished run" if finished else "a run"
+    raise FileExistsError(
+        f"train: output_dir must be new or hold this run unfinished, got {kind} in {folder}; "
+        "choose another output_dir, or resume it (--resume, train(config, resume=True))"
+    )
+
+
+def _fitting(dataset: Dataset, policy: Policy, config: GraceConfig) -> Dataset:
+    if config.data.overlong != "drop" or policy.tokenizer is None:
+        return dataset
+    builder = PromptBuilder(
+        policy.tokenizer,
+        max_prompt_length=config.data.max_prompt_length,
+        system_prompt=config.data.system_prompt,
+    )
+    return drop_overlong(dataset, builder)
+
+
+def _tell(log: RunLog, dataset: Dataset, config: GraceConfig) -> None:
+    """What a user should know before the first step."""
+    log.info(f"{len(dataset.train)} training rows, {len(dataset.test)} held out")
+    for note in dataset.notes:
+        log.warn(note)
+    if config.groups_per_step > len(dataset.train):
+        log.warn(
+            f"a step takes {config.groups_per_step} rows and the data has {len(dataset.train)}: "
+            "rows repeat within a step (counted in groups/sharing_a_text)"
+        )
+    if config.groups_per_step == 1:
+        log.warn("one group per step: there are no other groups, the hard term is 0")
+    if config.train.eval_steps and min(len(dataset.test), config.evaluation.num_texts) < 2:
+        log.warn("no evaluation: fewer than two held-out rows; raise data.test_fraction")
