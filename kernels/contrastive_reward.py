@@ -122,9 +122,22 @@ def _contrastive_reward(
     negative_weight: float,
     consistency_weight: float,
     hard_weight: float,
-    impl: str,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    use_triton("contrastive_reward", impl, rollouts)
+    hard_weight = 1.0 if form == "info_nce" else hard_weight
+    if triton:
+        from tercet.kernels import _contrastive_reward_triton
+
+        return _contrastive_reward_triton.forward(
+            rollouts,
+            queries,
+            negatives,
+            group_ids,
+            lse=form == "info_nce",
+            document=repulsion == "document",
+            temperature=temperature,
+            weights=(negative_weight, consistency_weight, hard_weight),
+        )
     positive, negative, consistency, hard = _torch_fwd(
         rollouts,
         queries,
@@ -134,29 +147,15 @@ def _contrastive_reward(
         repulsion=repulsion,
         temperature=temperature,
     )
-    hard_weight = 1.0 if form == "info_nce" else hard_weight
     total = positive + negative_weight * negative + consistency_weight * consistency
     total = (total + hard_weight * hard) / temperature
     return total, positive, negative, consistency, hard
 
 
 @_contrastive_reward.register_fake
-def _(
-    rollouts: Tensor,
-    queries: Tensor,
-    negatives: Tensor | None,
-    group_ids: Tensor | None,
-    form: str,
-    repulsion: str,
-    temperature: float,
-    negative_weight: float,
-    consistency_weight: float,
-    hard_weight: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(rollouts, *_others):
     shape, dtype = rollouts.shape[:2], accumulator_dtype(rollouts)
-    parts = [rollouts.new_empty(shape, dtype=dtype) for _ in range(5)]
-    return parts[0], parts[1], parts[2], parts[3], parts[4]
+    return tuple(rollouts.new_empty(shape, dtype=dtype) for _ in range(5))
 
 
 def _check(
@@ -238,6 +237,11 @@ def contrastive_reward(
         raise ValueError(
             f"contrastive_reward: temperature must be finite and > 0, got {temperature}"
         )
+    triton = use_triton("contrastive_reward", impl, rollouts)
+    if triton and rollouts.dtype == torch.float64:
+        raise TypeError(
+            "contrastive_reward: impl='triton' computes in float32, got float64 rollouts"
+        )
     return ContrastiveReward(
         *_contrastive_reward(
             rollouts,
@@ -250,6 +254,6 @@ def contrastive_reward(
             negative_weight,
             consistency_weight,
             hard_weight,
-            impl,
+            triton,
         )
     )
