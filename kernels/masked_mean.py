@@ -10,6 +10,7 @@ tokens on a GPU.  A masked token never enters arithmetic, so NaN or Inf in it ca
 import torch
 from torch import Tensor
 
+from tercet.kernels import _masked_mean_triton
 from tercet.kernels._checks import Impl, check_float, check_same_device, use_triton
 from tercet.kernels._memory import empty_huge
 from tercet.kernels._typing import Bool, Float, Int
@@ -87,30 +88,34 @@ def _forward_torch(
     return mean / norm.clamp(min=NORM_EPS)[:, None], count.to(torch.int32), norm
 
 
-def _backward_torch(
-    row_grad: Tensor,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """Copies each row's gradient to its kept tokens, and zeros to all others."""
-    out = empty_huge(shape, dtype=dtype, device=row_grad.device)
-    cu = _boundaries(out, cu_seqlens)
-    token = torch.arange(shape[:-1].numel(), device=out.device)
-    row = torch.searchsorted(cu[1:], token, right=True)  # len(row_grad) behind the last row
-    if mask is not None:
-        row = torch.where(mask.flatten(), row, len(row_grad))
-    table = torch.cat([row_grad.to(dtype), row_grad.new_zeros((1, shape[-1]), dtype=dtype)])
-    return torch.index_select(table, 0, row, out=out.view(-1, shape[-1])).view(shape)
-
-
 def _row_gradient(dy: Tensor, y: Tensor, count: Tensor, norm: Tensor, normalize: bool) -> Tensor:
     """Gradient that each kept token of a row receives: [rows, hidden]."""
     if normalize:
         along = torch.where(norm >= NORM_EPS, (dy * y).sum(1), 0.0)
         dy = (dy - y * along[:, None]) / norm.clamp(min=NORM_EPS)[:, None]
     return dy / count.clamp(min=1)[:, None]
+
+
+def _backward_torch(
+    dy: Tensor,
+    y: Tensor,
+    count: Tensor,
+    norm: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    dx: Tensor,
+    normalize: bool,
+) -> Tensor:
+    """Copies each row's gradient to its kept tokens in dx, and zeros to all others."""
+    row_grad = _row_gradient(dy, y, count, norm, normalize).to(dx.dtype)
+    tokens = dx.view(-1, dx.shape[-1])
+    cu = _boundaries(dx, cu_seqlens)
+    row = torch.searchsorted(cu[1:], torch.arange(len(tokens), device=dx.device), right=True)
+    if mask is not None:  # row len(row_grad) of the table is zero, also for tokens behind the last
+        row = torch.where(mask.flatten(), row, len(row_grad))
+    table = torch.cat([row_grad, torch.zeros_like(tokens[:1])])
+    torch.index_select(table, 0, row, out=tokens)
+    return dx
 
 
 @torch.library.custom_op("tercet::masked_mean", mutates_args=())
@@ -121,8 +126,6 @@ def _masked_mean(
     if cu_seqlens is not None and not cu_seqlens.is_cuda:
         _check_boundaries(cu_seqlens, x.shape[0])
     if triton:
-        from tercet.kernels import _masked_mean_triton
-
         return _masked_mean_triton.forward(x, cu_seqlens, mask, normalize)
     return _forward_torch(x, cu_seqlens, mask, normalize)
 
@@ -147,15 +150,9 @@ def _masked_mean_backward(
     normalize: bool,
     triton: bool,
 ) -> Tensor:
-    shape = torch.Size(x_shape)
-    if triton:
-        from tercet.kernels import _masked_mean_triton
-
-        return _masked_mean_triton.backward(
-            dy, y, count, norm, cu_seqlens, mask, shape, x_dtype, normalize
-        )
-    row_grad = _row_gradient(dy, y, count, norm, normalize)
-    return _backward_torch(row_grad, shape, x_dtype, cu_seqlens, mask)
+    dx = empty_huge(x_shape, dtype=x_dtype, device=dy.device)
+    saved = (dy, y, count, norm, cu_seqlens, mask)
+    return (_masked_mean_triton.backward if triton else _backward_torch)(*saved, dx, normalize)
 
 
 @_masked_mean_backward.register_fake

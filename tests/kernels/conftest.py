@@ -1,0 +1,58 @@
+"""Forward and backward of an op as one call, and its error judged against float64."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+Judge = Callable[..., None]
+
+
+def _run(fn: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = fn(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+@pytest.fixture
+def fwd_bwd() -> Callable[..., list[Tensor]]:
+    """fwd_bwd(fn, [x, ...], dy) -> [y, dx, ...]; the inputs are copied into fresh leaves."""
+    return _run
+
+
+@pytest.fixture
+def judge() -> Judge:
+    """judge(ours, ref, [x, ...], dy): our error <= 2 x eager's + 1e-6, against float64, y and dx.
+
+    `ref` runs twice: on float64 copies of the inputs (the truth) and on the inputs (eager).
+    Non-finite elements must be the same ones in the truth and in ours.
+    """
+
+    def check(ours, ref, inputs: Sequence[Tensor], dy: Tensor, *, slack: float = 1e-6) -> None:
+        results = [
+            _run(ref, [x.double() for x in inputs], dy),
+            _run(ref, inputs, dy),
+            _run(ours, inputs, dy),
+        ]
+        names = ["y", *(f"dx{i}" for i in range(len(inputs)))]
+        for name, truth, eager, our in zip(names, *results, strict=True):
+            assert our.shape == truth.shape, f"{name}: {our.shape} instead of {truth.shape}"
+            finite = truth.isfinite()
+            assert torch.equal(our.isfinite(), finite), f"{name}: other elements are finite"
+            if not finite.any():
+                continue
+            our_error, eager_error = (
+                (got.double() - truth)[finite].abs().max() for got in (our, eager)
+            )
+            assert our_error <= 2 * eager_error + slack, (
+                f"{name}: error {our_error:.2e}, eager has {eager_error:.2e}"
+            )
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def _compiled_code_is_forgotten() -> Iterator[None]:
+    yield
+    torch.compiler.reset()

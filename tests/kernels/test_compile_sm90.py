@@ -1,0 +1,131 @@
+"""Every Triton kernel compiles for a Hopper GPU; no GPU is needed.
+
+To cover a new kernel, add a row to KERNELS.  Arguments that the row does not name are i32.  This
+file runs itself once in a subprocess, because Triton's interpreter replaces the compiler in the
+process of the tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import pytest
+
+ACC = "tl.float32"  # strings that begin with "tl." are looked up in triton.language
+MEAN = "_masked_mean_triton"
+SLOT = {"SPLIT_T": 256, "BLOCK_T": 16, "BLOCK_H": 256}
+STRIDES = {"stride_xb": "i64", "stride_xt": "i64", "stride_xh": "i64"}
+
+
+class Kernel(NamedTuple):
+    module: str  # inside tercet.kernels
+    name: str
+    types: dict[str, str]  # of the arguments that are not i32: "*bf16", "*fp32", "i64", ...
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    wide: bool = False  # no product of 32-bit integers: every offset is 64-bit
+
+    def __str__(self) -> str:
+        kinds = [str(v) for v in self.types.values() if v.startswith("*")]
+        flags = [k for k, v in self.constexprs.items() if v is True]
+        return "-".join([self.name, kinds[0][1:], *flags])
+
+
+def _mean_kernels(dtype: str, packed: bool) -> list[Kernel]:
+    cu = {"cu_ptr": "*i32"}
+    slot = {**cu, "mask_ptr": "*u8"}
+    layout = {"PACKED": packed, "HAS_MASK": True}
+    partial = {"x_ptr": dtype, **slot, "partial_ptr": "*fp32", "count_ptr": "*i32"}
+    combine = {"partial_ptr": "*fp32", "slot_count_ptr": "*i32", **cu}
+    combine |= {"mean_ptr": "*fp32", "count_ptr": "*i32"}
+    scatter = {"dx_ptr": dtype, "grad_ptr": "*fp32", **slot}
+    return [
+        Kernel(MEAN, "_masked_mean_partial", partial | STRIDES, layout | {"ACC": ACC} | SLOT),
+        Kernel(
+            MEAN,
+            "_masked_mean_combine",
+            combine,
+            {"PACKED": packed, "ACC": ACC, "SPLIT_T": 256, "BLOCK_SPLITS": 8, "BLOCK_H": 256},
+        ),
+        Kernel(MEAN, "_masked_mean_scatter", scatter, layout | SLOT),
+    ]
+
+
+def _mean_row_kernels(normalize: bool) -> list[Kernel]:
+    shared = {"EPS": 1e-12, "ACC": ACC, "BLOCK_ROW": 1024}
+    pointers = {"dy_ptr": "*fp32", "y_ptr": "*fp32", "norm_ptr": "*fp32", "count_ptr": "*i32"}
+    return [
+        Kernel(MEAN, "_masked_mean_normalize", {"y_ptr": "*fp32", "norm_ptr": "*fp32"}, shared),
+        Kernel(
+            MEAN,
+            "_masked_mean_row_grad",
+            pointers | {"grad_ptr": "*fp32", "stride_db": "i64", "stride_dh": "i64"},
+            shared | {"NORMALIZE": normalize},
+        ),
+    ][0 if normalize else 1 :]
+
+
+MEAN_KERNELS = [
+    kernel._replace(wide=True)
+    for kernel in [
+        *_mean_kernels("*bf16", packed=False),
+        *_mean_kernels("*bf16", packed=True),
+        *_mean_kernels("*fp32", packed=True),
+        *_mean_row_kernels(normalize=True),
+        *_mean_row_kernels(normalize=False),
+    ]
+]
+KERNELS: list[Kernel] = [
+    *MEAN_KERNELS,
+]
+
+
+def _compile(kernel: Kernel) -> dict[str, Any]:
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    fn = getattr(import_module(f"tercet.kernels.{kernel.module}"), kernel.name)
+    constexprs = {
+        k: getattr(tl, v[3:]) if isinstance(v, str) and v.startswith("tl.") else v
+        for k, v in kernel.constexprs.items()
+    }
+    unknown = {*kernel.types, *constexprs} - set(fn.arg_names)
+    if unknown:
+        raise ValueError(f"{kernel.name} has no arguments {sorted(unknown)}; correct its row")
+    signature = {
+        name: "constexpr" if name in constexprs else kernel.types.get(name, "i32")
+        for name in fn.arg_names
+    }
+    source = triton.compiler.ASTSource(fn=fn, signature=signature, constexprs=constexprs)
+    options = {"num_warps": kernel.num_warps}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    products = [line.strip() for line in binary.asm["ttir"].splitlines() if "arith.muli" in line]
+    narrow = [line for line in products if "i32" in line.rpartition(" : ")[2]]
+    return {"cubin_bytes": len(binary.asm["cubin"]), "narrow_products": narrow}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-P", __file__], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(KERNELS)), ids=[str(k) for k in KERNELS])
+def test_compiles_for_hopper(index, compiled):
+    result = compiled[index]
+    assert result["cubin_bytes"] > 1000
+    if KERNELS[index].wide:
+        assert result["narrow_products"] == []
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps([_compile(kernel) for kernel in KERNELS]) + "\n")
