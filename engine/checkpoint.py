@@ -1,0 +1,256 @@
+"""Checkpoints: Hugging Face folders plus what an exact resume needs.
+
+checkpoint-N/ holds the model and tokenizer as `save_pretrained` writes them, optimizer.pt, rng.pt,
+trainer_state.json, and manifest.json with the size and SHA-256 of every other file.  It is written
+as checkpoint-N.tmp, flushed to the disk, then renamed; only then does `latest` name it.  So a kill
+or a full disk at any moment leaves the checkpoint before it as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers.utils import logging as transformers_logging
+
+from tercet.engine.files import replace_text
+from tercet.engine.model import Policy
+
+MANIFEST, STATE, OPTIMIZER, RNG = "manifest.json", "trainer_state.json", "optimizer.pt", "rng.pt"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Checkpoint(NamedTuple):
+    """What was resumed from."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    policy: Policy,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    *,
+    save_total_limit: int | None = None,
+) -> Path:
+    """Writes folder/checkpoint-{step}, points `latest` at it, and removes the oldest ones.
+
+    Args:
+        folder: of the run.
+        state: the trainer's own, as JSON can hold it.
+        save_total_limit: how many checkpoints stay; None: all.
+
+    Raises:
+        OSError: the disk is full (ENOSPC); names the folder and the free space.  What was half
+            written is gone, and the checkpoints before it are as they were.
+    """
+    final = folder / f"checkpoint-{step}"
+    temporary = folder / f"checkpoint-{step}.tmp"
+    with _removed_on_failure(temporary, folder):
+        _sweep(folder)
+        temporary.mkdir(parents=True)
+        with _quiet():
+            policy.save(temporary)
+        _save_tensors(temporary / OPTIMIZER, optimizer.state_dict())
+        _save_tensors(temporary / RNG, _rng_state())
+        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        files = {str(p.relative_to(temporary)): _fingerprint(p) for p in _files(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))
+        for path in (*_files(temporary), temporary):
+            _flush(path)
+        _move(temporary, final)
+        replace_text(folder / "latest", final.name + "\n")
+        _flush(folder)
+    if save_total_limit is not None:
+        for old in _checkpoints(folder)[save_total_limit:]:
+            shutil.rmtree(old)
+    return final
+
+
+def load_latest(
+    folder: Path, policy: Policy, optimizer: Optimizer, *, warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """Restores weights, optimiser and random state from the checkpoint that `latest` names.
+
+    A checkpoint that does not match its manifest (cut in half, edited) is passed over for the one
+    before it, and `warn` is told.  The optimiser keeps its present settings (rate, decay).
+
+    Returns:
+        What was restored; None when the folder has no checkpoint.
+
+    Raises:
+        RuntimeError: there are checkpoints, and none of them is whole.
+    """
+    for path in _candidates(folder, warn):
+        fault = find_fault(path)
+        if fault is None:
+            return _restore(path, policy, optimizer)
+        warn(f"{path} is damaged ({fault}); going on from the checkpoint before it")
+    if _checkpoints(folder):
+        raise RuntimeError(
+            f"load_latest: {folder} must hold a whole checkpoint, got only damaged ones; "
+            "restore one from a copy, or start again in another folder"
+        )
+    return None
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, judged by its manifest; None when it is whole."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            size = (checkpoint / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes instead of {expected['size']}"
+        for name, expected in files.items():
+            if _fingerprint(checkpoint / name) != expected:
+                return f"{name} has another checksum than when it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def _restore(path: Path, policy: Policy, optimizer: Optimizer) -> Checkpoint:
+    with _quiet():
+        saved = Policy.from_pretrained(path, dtype=policy.dtype).model
+    policy.model.load_state_dict(saved.state_dict())
+    optimizer_state = _load_tensors(path / OPTIMIZER)
+    for old, now in zip(optimizer_state["param_groups"], optimizer.param_groups, strict=True):
+        old.update({key: value for key, value in now.items() if key != "params"})
+    optimizer.load_state_dict(optimizer_state)
+    state = json.loads((path / STATE).read_text())
+    rng = _load_tensors(path / RNG)
+    torch.set_rng_state(rng["cpu"])
+    if torch.cuda.is_available() and rng["cuda"]:
+        torch.cuda.set_rng_state_all(rng["cuda"])
+    return Checkpoint(path, state.pop("step"), state)
+
+
+def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
+    """The checkpoint that `latest` names and those before it, newest first."""
+    found = _checkpoints(folder)
+    pointer = folder / "latest"
+    name = pointer.read_text().strip() if pointer.exists() else ""
+    names = [path.name for path in found]
+    if name in names:
+        return found[names.index(name) :]
+    if found:
+        warn(f"{pointer} names no checkpoint ({name!r}); looking for the newest whole one")
+    return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoint folders, newest first."""
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in folder.glob("checkpoint-*")]
+    found = [(int(match[1]), path) for match, path in numbered if match]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars: a run shows one line of its own."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a kill left half-written: our own folder and the one Policy.save works in."""
+    for pattern in ("checkpoint-*.tmp", "checkpoint-*.old", ".checkpoint-*.tmp-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _rng_state() -> dict[str, Tensor | list[Tensor]]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _save_tensors(path: Path, value: object) -> None:
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
+def _load_tensors(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Renames a folder over another one of its name (left of a resume)."""
+    aside = target.with_name(target.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    source.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _removed_on_failure(temporary: Path, folder: Path) -> Iterator[None]:
+    """Leaves no half-written folder behind, and gives a full disk's error a name."""
+    try:
+        yield
+    except BaseException as error:
+        full = _disk_is_full(error)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not full:
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(
+            errno.ENOSPC,
+            f"save_checkpoint: the disk of {folder} must hold the checkpoint, but it is full "
+            f"({free:.0f} MB free without it); the checkpoints before it are untouched; "
+            "free some space or set save_total_limit, then resume",
+        ) from error
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Python, torch and safetensors each report it in their own way."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        if re.search(r"No space left|File too large|os error (28|27|122)\b", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,66 @@
+"""Text files that a kill cannot leave half-written, and JSON lines that survive one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows behind the others, one JSON object per line; what is not finite becomes null."""
+    text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line cut off by a kill is left out.
+
+    Raises:
+        ValueError: another line is not JSON; names the file and the line.
+    """
+    if not path.exists():
+        return []
+    *lines, _cut = path.read_text(encoding="utf-8").split("\n")  # _cut: nothing, or half a line
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"read_jsonl: {path}:{number} must be a JSON object, "
+                f"got {line[:80]!r} ({error.msg})"
+            ) from error
+    return rows
+
+
+def rewind_jsonl(path: Path, *, last_step: int | None) -> int:
+    """Drops a cut last line and, given last_step, the rows after it.  Returns their number."""
+    if not path.exists():
+        return 0
+    rows = read_jsonl(path)
+    kept = [r for r in rows if last_step is None or r["step"] <= last_step]
+    replace_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+    return len(rows) - len(kept)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

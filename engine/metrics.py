@@ -1,0 +1,214 @@
+"""A run on disk and on screen.
+
+A run is a folder: config.yaml, env.json, and one JSON object per line in metrics.jsonl (every
+step), samples.jsonl (a few readable rows) and events.jsonl (warnings); tensorboard/ mirrors the
+metrics.  Keys that the trainer writes carry their unit where it is not plain:
+
+    reward/mean  reward/std  reward/spread  reward/<part>  reward/<part>_spread
+    completions/{mean_length,max_length} (tokens)  completions/clipped_ratio (share without an end)
+    loss  kl  entropy (nats per token)  clip_ratio  grad_norm  learning_rate
+    tokens_per_s (prompt and completion tokens of all rows, over the whole step)
+    padding_saved (share of a padded batch that packing leaves out)  memory_gb (1e9 bytes)
+    time/{sample,score,update}_s  time/step_s  eval/<what the system measured>
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from tercet.engine.config import to_yaml
+from tercet.engine.environment import environment
+from tercet.engine.files import append_jsonl, read_jsonl, replace_text, rewind_jsonl
+
+EVENTS = "events.jsonl"
+ROW_FILES = ("metrics.jsonl", "samples.jsonl", EVENTS)
+
+
+class RunLog:
+    """Writes a run's folder and shows its progress; one process writes, any number may read."""
+
+    def __init__(self, folder: Path, *, total_steps: int, file: IO[str] | None = None) -> None:
+        self.folder = folder
+        self.step = 0  # the step that warnings belong to; the trainer moves it on
+        self.total_steps = total_steps
+        self._console = Console(file=file, highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False)
+        self._tensorboard = None
+        self._started = time.monotonic()
+        self._first_step: int | None = None  # of this process; the ETA counts from there
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        config: Any,
+        *,
+        total_steps: int,
+        resume: bool = False,
+        file: IO[str] | None = None,
+    ) -> RunLog:
+        """Opens a run's folder and writes config.yaml and env.json.
+
+        Args:
+            folder: made if it is not there.
+            config: the dataclass the run was started from.
+            total_steps: for the estimate of the time that is left.
+            resume: go on with the run in the folder; an empty folder starts from the beginning.
+            file: where progress is shown; None: standard output.
+
+        Raises:
+            FileExistsError: the folder holds a run and resume is false.
+        """
+        folder = Path(folder)
+        found = [name for name in ("config.yaml", *ROW_FILES) if (folder / name).exists()]
+        if found and not resume:
+            raise FileExistsError(
+                f"RunLog.create: {folder} must not hold a run yet, got one ({found[0]}); "
+                "choose another output folder, or resume it"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        log = cls(folder, total_steps=total_steps, file=file)
+        text = to_yaml(config)
+        if found:
+            for name in ROW_FILES:
+                rewind_jsonl(folder / name, last_step=None)
+            log._warn_changes(folder / "config.yaml", text)
+        replace_text(folder / "config.yaml", text)
+        replace_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        return log
+
+    def log(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
+        """Appends a step's metrics; `show` prints its line where no live line can be drawn."""
+        self.step = step
+        if self._first_step is None:
+            self._first_step = step - 1
+            self._started = time.monotonic() - metrics.get("time/step_s", 0.0)
+        append_jsonl(self.folder / "metrics.jsonl", [{"step": step, **metrics}])
+        self._write_tensorboard(step, metrics)
+        line = progress_line(step, self.total_steps, metrics, eta_s=self._eta(step))
+        if self._console.is_interactive:
+            self._live.start()
+            self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
+        elif show:
+            self._print(line)
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends readable rows of a step."""
+        append_jsonl(self.folder / "samples.jsonl", [{"step": step, **row} for row in rows])
+
+    def warn(self, message: str) -> None:
+        """Shows a warning and keeps it, with the step, in events.jsonl."""
+        self._event("warning", message)
+
+    def info(self, message: str) -> None:
+        """Shows something worth knowing and keeps it, with the step, in events.jsonl."""
+        self._event("info", message)
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows of steps after `step`, which a resumed run is about to write again.
+
+        -1 drops all but the events of step 0, which may be about the data.
+        """
+        dropped = sum(
+            rewind_jsonl(self.folder / name, last_step=max(step, 0) if name == EVENTS else step)
+            for name in ROW_FILES
+        )
+        self.step = max(step, 0)
+        if dropped:
+            self.info(f"dropped {dropped} rows written after step {step}; they come again")
+
+    def last_metrics(self) -> dict[str, float]:
+        """The last row of metrics.jsonl, without its step; empty when there is none."""
+        rows = read_jsonl(self.folder / "metrics.jsonl")
+        return {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
+
+    def close(self) -> None:
+        """Ends the live line and flushes tensorboard; nothing else is ever left unwritten."""
+        self._live.stop()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _event(self, kind: str, message: str) -> None:
+        append_jsonl(self.folder / EVENTS, [{"step": self.step, "kind": kind, "message": message}])
+        self._print(f"{'warning: ' if kind == 'warning' else ''}{message}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def _eta(self, step: int) -> float | None:
+        """Seconds left, from the pace of this process; None before the first step is done."""
+        done = step - (self._first_step if self._first_step is not None else step)
+        if step < 1 or done < 1:
+            return None
+        return (time.monotonic() - self._started) / done * (self.total_steps - step)
+
+    def _warn_changes(self, path: Path, text: str) -> None:
+        if not path.exists():
+            return
+        old, new = _flat_yaml(path.read_text(encoding="utf-8")), _flat_yaml(text)
+        changed = sorted(key for key in old | new if old.get(key) != new.get(key))
+        if changed:
+            self.warn(
+                "resuming with other settings than the run was started with "
+                f"({', '.join(changed)}): the result is not that of one uninterrupted run"
+            )
+
+    def _write_tensorboard(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=step)
+        for key, value in metrics.items():
+            self._tensorboard.add_scalar(key, value, step)
+
+
+def progress_line(
+    step: int, total_steps: int, metrics: Mapping[str, float], *, eta_s: float | None
+) -> str:
+    """One line about a step; what was not measured is left out."""
+    parts = [f"step {step}/{total_steps}"]
+    for key, shown in (
+        ("reward/mean", "reward {:.3f}"),
+        ("kl", "kl {:.4f}"),
+        ("tokens_per_s", "{:.0f} tok/s"),
+        ("padding_saved", "padding saved {:.0%}"),
+        ("memory_gb", "{:.1f} GB"),
+        ("time/sample_s", "sample {:.1f}s"),
+        ("time/score_s", "score {:.1f}s"),
+        ("time/update_s", "update {:.1f}s"),
+    ):
+        if key in metrics:
+            parts.append(shown.format(metrics[key]))
+    parts += [f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/")]
+    if eta_s is not None:
+        minutes, seconds = divmod(round(eta_s), 60)
+        parts.append(f"eta {minutes}:{seconds:02}")
+    return "  ".join(parts)
+
+
+def _flat_yaml(text: str) -> dict[str, Any]:
+    import yaml
+
+    def walk(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", yaml.safe_load(text)))

@@ -1,0 +1,220 @@
+"""The run's folder: what is written, what a kill may do to it, what the screen shows."""
+
+import io
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+from tercet.engine.environment import cpu_model, git_commit
+from tercet.engine.files import append_jsonl, read_jsonl, rewind_jsonl
+from tercet.engine.metrics import RunLog, progress_line
+
+
+@dataclass(frozen=True)
+class Inner:
+    learning_rate: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str = "tiny"
+    train: Inner = field(default_factory=Inner)
+
+
+METRICS = {
+    "reward/mean": 0.41234,
+    "kl": 0.0031,
+    "tokens_per_s": 31234.6,
+    "padding_saved": 0.625,
+    "memory_gb": 1.27,
+    "time/sample_s": 1.94,
+    "time/score_s": 0.06,
+    "time/update_s": 0.81,
+    "time/step_s": 2.81,
+    "eval/recall@1": 0.5,
+}
+
+
+def run_log(folder, *, total_steps=10, resume=False, config=None) -> RunLog:
+    return RunLog.create(
+        folder, config or Settings(), total_steps=total_steps, resume=resume, file=io.StringIO()
+    )
+
+
+def shown_text(log: RunLog) -> str:
+    file = log._console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def shown(log: RunLog) -> list[str]:
+    return shown_text(log).splitlines()
+
+
+def test_a_fresh_run_writes_its_settings_and_its_machine(tmp_path):
+    with run_log(tmp_path / "a" / "run"):
+        pass
+    run = tmp_path / "a" / "run"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"] == "tiny"
+    assert float(config["train"]["learning_rate"]) == 1e-6
+    env = json.loads((run / "env.json").read_text())
+    assert env["versions"]["torch"].startswith("2.")
+    assert env["cpu"] == cpu_model() != ""
+    assert set(env["implementations"]) >= {"linear_logp", "segment_mean", "attention"}
+
+
+def test_environment_variables_stay_out_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    with run_log(tmp_path) as log:
+        log.log(1, METRICS)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"verysecret" in p.read_bytes()]
+
+
+def test_commit_is_that_of_the_code():
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("+changes")) == 40
+
+
+def test_a_second_run_is_refused_and_the_first_untouched(tmp_path):
+    with run_log(tmp_path) as log:
+        log.log(1, METRICS)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match=r"must not hold a run yet, .*resume it"):
+        run_log(tmp_path, config=Settings(model="other"))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert "tiny" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_folder_with_other_files_is_fine(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with run_log(tmp_path):
+        pass
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_rows_are_written_at_once(tmp_path):
+    log = run_log(tmp_path)
+    log.log(1, METRICS)
+    log.samples(1, [{"text": "Rosen — 薔薇"}, {"text": "b"}])
+    log.warn("a reward part is dead")
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, **METRICS}]
+    assert [r["text"] for r in read_jsonl(tmp_path / "samples.jsonl")] == ["Rosen — 薔薇", "b"]
+    assert read_jsonl(tmp_path / "events.jsonl") == [
+        {"step": 1, "kind": "warning", "message": "a reward part is dead"}
+    ]
+    assert log.last_metrics() == METRICS
+    log.close()
+
+
+def test_tensorboard_has_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with run_log(tmp_path) as log:
+        log.log(1, {"reward/mean": 0.25})
+        log.log(2, {"reward/mean": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_not_on_a_terminal_each_shown_step_is_one_plain_line(tmp_path):
+    with run_log(tmp_path) as log:
+        log.log(1, METRICS)
+        log.log(2, METRICS, show=False)
+        log.warn("[bold]careful[/bold]")
+    lines = shown(log)
+    assert lines[0].startswith(
+        "step 1/10  reward 0.412  kl 0.0031  31235 tok/s  padding saved 62%  1.3 GB  "
+        "sample 1.9s  score 0.1s  update 0.8s  eval/recall@1 0.500  eta 0:"
+    )
+    assert lines[1:] == ["warning: [bold]careful[/bold]"]
+
+
+def test_on_a_terminal_one_live_line_is_redrawn(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the file for a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    log = run_log(tmp_path)
+    log.log(1, METRICS, show=False)
+    log.log(2, METRICS, show=False)
+    log.close()
+    text = shown_text(log)
+    assert "step 1/10" in text
+    assert "step 2/10" in text
+    assert text.count("\n") == 1  # drawn over itself, and left standing at the end
+
+
+def test_progress_line_leaves_out_what_was_not_measured():
+    assert progress_line(0, 5, {"eval/x": 1.0}, eta_s=None) == "step 0/5  eval/x 1.000"
+    assert progress_line(3, 5, {}, eta_s=125.4) == "step 3/5  eta 2:05"
+
+
+def test_not_finite_becomes_null(tmp_path):
+    append_jsonl(tmp_path / "a.jsonl", [{"x": float("nan"), "y": [float("inf"), 1.0]}])
+    assert (tmp_path / "a.jsonl").read_text() == '{"x": null, "y": [null, 1.0]}\n'
+
+
+@pytest.mark.parametrize("cut", ['{"step": 3, "rew', '{"step": 3}', "{"])
+def test_a_line_cut_by_a_kill_is_dropped_on_resume(tmp_path, cut):
+    with run_log(tmp_path) as log:
+        for step in (1, 2):
+            log.log(step, {"reward/mean": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(cut)
+    with run_log(tmp_path, resume=True) as log:
+        log.log(3, {"reward/mean": 3.0})
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 must be a JSON object"):
+        read_jsonl(path)
+
+
+def test_rewind_drops_later_rows_of_every_file_and_says_so(tmp_path):
+    with run_log(tmp_path) as log:
+        log.log(0, {"eval/x": 0.0})
+        for step in (1, 2, 3, 4):
+            log.log(step, {"reward/mean": float(step)})
+            log.samples(step, [{"text": "a"}])
+        log.warn("late")
+    with run_log(tmp_path, resume=True) as log:
+        log.rewind(2)
+        assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+        assert [r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")] == [1, 2]
+        events = read_jsonl(tmp_path / "events.jsonl")
+        assert [(e["step"], e["kind"]) for e in events] == [(2, "info")]
+        assert "dropped 5 rows written after step 2" in events[0]["message"]
+        log.rewind(-1)
+        assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+def test_rewinding_nothing_is_silent(tmp_path):
+    with run_log(tmp_path) as log:
+        log.warn("3 rows were skipped")
+        log.rewind(-1)
+    assert [e["message"] for e in read_jsonl(tmp_path / "events.jsonl")] == ["3 rows were skipped"]
+    assert rewind_jsonl(tmp_path / "none.jsonl", last_step=0) == 0
+
+
+def test_resuming_with_other_settings_is_said(tmp_path):
+    with run_log(tmp_path):
+        pass
+    with run_log(tmp_path, resume=True) as log:
+        assert shown(log) == []
+    changed = Settings(train=Inner(learning_rate=2e-6))
+    with run_log(tmp_path, resume=True, config=changed) as log:
+        assert "other settings" in shown(log)[0]
+        assert "(train.learning_rate)" in shown(log)[0]
+
+
+def test_eta_counts_the_steps_of_this_process(tmp_path):
+    with run_log(tmp_path, total_steps=101) as log:
+        log.log(51, {"time/step_s": 2.0})
+        left = float(log._eta(51) or 0)
+    assert 100.0 <= left < 110.0  # 50 steps of 2 s
