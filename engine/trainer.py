@@ -161,6 +161,7 @@ class Trainer:
         return {
             **reward_metrics(rewards, groups_of(rollouts)),
             **completion_metrics(rollouts),
+            **rewards.counts,
             **learnt,
             **clock.metrics(num_tokens(scored.rollouts)),
         }
@@ -181,7 +182,8 @@ class Trainer:
         rewards = self.system.rewards(rollouts)
         check_rewards(rewards, len(rollouts.rows("rollout")))
         parts = {name: part.detach().float().cpu() for name, part in rewards.parts.items()}
-        return Rewards(total=rewards.total.detach().float().cpu(), parts=parts)
+        total = rewards.total.detach().float().cpu()
+        return Rewards(total=total, parts=parts, counts=rewards.counts)
 
     def _advantage(
         self, rollouts: Rollouts, rewards: Rewards, baseline: Float[Tensor, " n"] | None
@@ -253,7 +255,7 @@ class Trainer:
                 self._warn_once(
                     f"dead/{name}",
                     f"reward part {name!r} is the same for all rollouts of each group: it is "
-                    "paid, but a group baseline cancels it, so it teaches nothing",
+                    "paid, but it cannot tell them apart, so it teaches nothing",
                 )
         if not any(rollouts.completions[i].finished for i in rollouts.rows("rollout")):
             self._warn_once(
