@@ -1,0 +1,321 @@
+"""What GRACE is compared with, on the same encoder: InfoNCE, SimCSE, and no training at all.
+
+Baselines embed the templated prompt alone (no rationale) and put the gradient through the
+embedding: the same prompts, the same pooled tokens, the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tercet.engine.grace.data import Epochs, Example
+from tercet.engine.grace.encoder import pool_prompts
+from tercet.engine.grace.fit import FitConfig, fit
+from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
+from tercet.engine.metrics import RunLog
+from tercet.engine.model import Policy
+from tercet.engine.records import split_by_tokens
+from tercet.kernels._typing import Float, Int
+
+Method = Literal["info_nce", "simcse"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContrastiveConfig:
+    """A contrastive baseline; temperature and dropout as published for language models."""
+
+    method: Method = "info_nce"
+    temperature: float = 0.05  # divides cosines
+    symmetric: bool = False  # also document -> query; SimCSE is one-sided
+    attention_dropout: float | None = None  # during training; None: the model's own
+    per_device_train_batch_size: int = 64  # rows of the data per step
+    max_tokens_per_batch: int = 16_384  # of a forward pass; memory only (see `Contrastive`)
+    max_prompt_length: int = 1024  # tokens, template included
+    system_prompt: str = SYSTEM_PROMPT
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(
+                f"ContrastiveConfig: method must be one of {get_args(Method)}, got {self.method!r}"
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"ContrastiveConfig: temperature must be finite and > 0, got {self.temperature}"
+            )
+        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
+            raise ValueError(
+                "ContrastiveConfig: attention_dropout must be in [0, 1), "
+                f"got {self.attention_dropout}"
+            )
+        if self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "ContrastiveConfig: per_device_train_batch_size must be >= 2 (the other rows are "
+                f"the negatives), got {self.per_device_train_batch_size}"
+            )
+        if self.max_tokens_per_batch < 1:
+            raise ValueError(
+                f"ContrastiveConfig: max_tokens_per_batch must be >= 1, "
+                f"got {self.max_tokens_per_batch}"
+            )
+
+
+def info_nce_loss(
+    queries: Float[Tensor, "batch hidden"],
+    documents: Float[Tensor, "batch hidden"],
+    negatives: Float[Tensor, "m hidden"] | None = None,
+    *,
+    temperature: float = 0.05,
+    symmetric: bool = False,
+    group_ids: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean over rows of -log softmax over candidates of cosine / temperature, nats.
+
+        loss_i = -log [ e^(s(q_i, d_i)/t) / sum over c in {d_1..d_B, n_1..n_M} of e^(s(q_i, c)/t) ]
+
+    Source: arXiv:1807.03748, eq. 4; arXiv:2104.08821, eq. 5 for hard negatives.
+
+    Args:
+        queries: of any length; gradient flows through all three.
+        documents: row i is the positive of query i, the others are its in-batch negatives.
+        negatives: hard negatives of all rows, candidates of every query.
+        temperature: > 0.
+        symmetric: mean of this and the same from documents to queries (without hard negatives).
+        group_ids: rows with equal ids are the same text, and not each other's negatives.
+
+    Raises:
+        ValueError: shapes that do not fit, or fewer candidates than two.
+    """
+    wide = negatives is None or negatives.shape[1:] == queries.shape[1:]
+    if queries.shape != documents.shape or queries.ndim != 2 or not wide:
+        raise ValueError(
+            "info_nce_loss: queries and documents must be [batch, hidden], and negatives [m, "
+            f"hidden], got {tuple(queries.shape)}, {tuple(documents.shape)} and "
+            f"{None if negatives is None else tuple(negatives.shape)}"
+        )
+    if len(queries) + (0 if negatives is None else len(negatives)) < 2:
+        raise ValueError("info_nce_loss: there must be at least two candidates, got 1")
+    q, d = (F.normalize(x.float(), dim=-1) for x in (queries, documents))
+    logits = q @ d.T / temperature
+    if group_ids is not None:
+        same = group_ids[:, None] == group_ids[None, :]
+        same.fill_diagonal_(False)
+        logits = logits.masked_fill(same, -torch.inf)
+    target = torch.arange(len(q), device=q.device)
+    backward = F.cross_entropy(logits.T, target) if symmetric else None
+    if negatives is not None:
+        n = F.normalize(negatives.float(), dim=-1)
+        logits = torch.cat([logits, q @ n.T / temperature], dim=1)
+    forward = F.cross_entropy(logits, target)
+    return forward if backward is None else (forward + backward) / 2
+
+
+class Contrastive:
+    """InfoNCE on (query, document, negatives), or SimCSE on texts; an `Objective` of `fit`.
+
+    A batch above max_tokens_per_batch is embedded in parts: once without gradient for the loss,
+    then part by part with it (gradient cache, arXiv:2101.06983).  The gradient is that of one pass;
+    with dropout it is one for other random masks.
+    """
+
+    def __init__(
+        self, policy: Policy, examples: Sequence[Example], config: ContrastiveConfig
+    ) -> None:
+        """Prepares prompts and the order of the rows.
+
+        Raises:
+            ValueError: no tokenizer; fewer rows than a batch; rows without a query for InfoNCE.
+        """
+        if policy.tokenizer is None:
+            raise ValueError("Contrastive: the policy must have a tokenizer, got None")
+        if len(examples) < config.per_device_train_batch_size:
+            raise ValueError(
+                f"Contrastive: there must be at least {config.per_device_train_batch_size} rows "
+                f"(per_device_train_batch_size), got {len(examples)}; lower it"
+            )
+        without = [i for i, example in enumerate(examples) if example.query is None]
+        if config.method == "info_nce" and without:
+            raise ValueError(
+                f"Contrastive: info_nce needs a query in every row, got none in {len(without)} "
+                f"rows, first row {without[0]}; use method='simcse' for texts alone"
+            )
+        self.policy, self.examples, self.config = policy, examples, config
+        self.prompt = PromptBuilder(
+            policy.tokenizer,
+            max_prompt_length=config.max_prompt_length,
+            system_prompt=config.system_prompt,
+        )
+        self._epochs = Epochs(len(examples), config.fit.seed)
+
+    def batch(self, step: int) -> list[Example]:
+        """The rows of step 1, 2, ...; a pure function of the seed and the step."""
+        size = self.config.per_device_train_batch_size
+        return [self.examples[i] for i in self._epochs.rows((step - 1) * size, size)]
+
+    def backward(self, step: int) -> dict[str, float]:
+        """Adds the gradient of one batch; loss in nats, cosine of positives and of others."""
+        rows = self.batch(step)
+        documents = [self.prompt(example.document) for example in rows]
+        if self.config.method == "simcse":
+            queries, negatives = documents, []
+        else:
+            queries = [self.prompt(str(example.query)) for example in rows]
+            negatives = [self.prompt(text) for example in rows for text in example.negatives]
+        group_ids = _shared_texts(rows)
+
+        def loss_of(vectors: Float[Tensor, "n hidden"]) -> Float[Tensor, ""]:
+            q, d, n = vectors.split([len(rows), len(rows), len(negatives)])
+            if self.config.method == "simcse" and torch.equal(q, d):
+                raise RuntimeError(
+                    "Contrastive: SimCSE needs two different views of a text, got equal ones; "
+                    "this model ignores its dropout"
+                )
+            return info_nce_loss(
+                q,
+                d,
+                n if negatives else None,
+                temperature=self.config.temperature,
+                symmetric=self.config.symmetric,
+                group_ids=group_ids.to(q.device),
+            )
+
+        prompts = [*queries, *documents, *negatives]
+        limit = self.config.max_tokens_per_batch
+        loss, vectors = cached_backward(self.policy, prompts, loss_of, max_tokens_per_batch=limit)
+        q, d = (F.normalize(x, dim=-1) for x in vectors[: 2 * len(rows)].split(len(rows)))
+        cosines = q @ d.T
+        positive = cosines.diagonal().mean()
+        others = (cosines.sum() - cosines.trace()) / (len(rows) * (len(rows) - 1))
+        return {
+            "loss": loss.item(),
+            "cosine/positive": positive.item(),
+            "cosine/others": others.item(),
+            "prompts/truncated": float(sum(p.truncated for p in prompts)),
+        }
+
+
+def cached_backward(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    loss_of: Callable[[Float[Tensor, "n hidden"]], Float[Tensor, ""]],
+    *,
+    max_tokens_per_batch: int,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n hidden"]]:
+    """Back-propagates loss_of(embeddings of the prompts); returns the loss and the embeddings.
+
+    Activations of at most max_tokens_per_batch tokens are held.  Source: arXiv:2101.06983.
+    """
+    parts = split_by_tokens([len(p.ids) for p in prompts], max_tokens_per_batch)
+    if len(parts) == 1:
+        vectors = pool_prompts(policy, prompts)
+        loss = loss_of(vectors)
+        loss.backward()
+        return loss.detach(), vectors.detach()
+    states, found = [], []
+    with torch.no_grad():
+        for part in parts:
+            states.append(_random_state(policy.device))
+            found.append(pool_prompts(policy, [prompts[i] for i in part]))
+    vectors = torch.cat(found).requires_grad_()
+    loss = loss_of(vectors)
+    (gradient,) = torch.autograd.grad(loss, vectors)
+    for part, state, upstream in zip(
+        parts, states, gradient.split([len(p) for p in parts]), strict=True
+    ):
+        _set_random_state(policy.device, state)  # the same dropout as in the first pass
+        pool_prompts(policy, [prompts[i] for i in part]).backward(upstream)
+    return loss.detach(), vectors.detach()
+
+
+def train_contrastive(
+    policy: Policy,
+    examples: Sequence[Example],
+    config: ContrastiveConfig,
+    log: RunLog,
+    *,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """Trains a baseline up to fit.max_steps, from log's last checkpoint if there is one.
+
+    Args:
+        policy: with the weights from before step 1, also when a run is resumed.
+        examples: InfoNCE uses queries, documents and negatives; SimCSE the documents alone.
+        config: see `ContrastiveConfig`.
+        log: the run's folder.
+        evaluate: held-out measures, every fit.eval_steps steps.
+
+    Returns:
+        The metrics of the last step.
+
+    Raises:
+        ValueError: as `Contrastive`; SimCSE without dropout (its two views would be equal).
+        RuntimeError: as `fit`.
+    """
+    objective = Contrastive(policy, examples, config)
+    with attention_dropout(policy, config.attention_dropout):
+        if config.method == "simcse" and not has_dropout(policy.model):
+            raise ValueError(
+                "train_contrastive: simcse needs dropout to make two views of a text, got a model "
+                "without; set attention_dropout (0.1 for BERT-like, 0.3 for causal models)"
+            )
+        return fit(policy, objective, config.fit, log, evaluate=evaluate)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether training mode makes the model's output random."""
+    modules = list(model.modules())
+    attention = any(float(getattr(m, "attention_dropout", 0.0) or 0.0) > 0 for m in modules)
+    return attention or any(isinstance(m, nn.Dropout) and m.p > 0 for m in modules)
+
+
+@contextmanager
+def attention_dropout(policy: Policy, rate: float | None) -> Iterator[None]:
+    """Within, the attention layers drop weights at `rate` in training mode; None changes nothing.
+
+    Raises:
+        ValueError: the architecture has no such setting.
+    """
+    layers = [m for m in policy.model.modules() if hasattr(m, "attention_dropout")]
+    if rate is not None and not layers:
+        raise ValueError(
+            f"attention_dropout: the layers of {type(policy.model).__name__} must have an "
+            "attention_dropout, got none; set the dropout in the model's config instead"
+        )
+    before = [layer.attention_dropout for layer in layers]
+    try:
+        for layer in layers if rate is not None else []:
+            layer.attention_dropout = rate  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.attention_dropout = value
+
+
+def _shared_texts(rows: Sequence[Example]) -> Int[Tensor, " batch"]:
+    """Equal numbers for rows with the same document or the same query."""
+    ids = list(range(len(rows)))
+    first: dict[tuple[str, str], int] = {}
+    for i, example in enumerate(rows):
+        keys = [("document", example.document)]
+        keys += [] if example.query is None else [("query", example.query)]
+        found = {ids[first.setdefault(key, i)] for key in keys} | {ids[i]}
+        ids = [min(found) if label in found else label for label in ids]
+    return torch.tensor(ids)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
