@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -168,8 +169,12 @@ class Policy:
         layer = cast(nn.Linear, self.model.get_output_embeddings())
         return LMHead(layer.weight, layer.bias)
 
-    def hidden(self, packed: Packed) -> Float[Tensor, "n hidden"]:
+    def hidden(self, packed: Packed, *, cache: Cache | None = None) -> Float[Tensor, "n hidden"]:
         """Last-layer hidden states after the final norm, with gradient; rows see only themselves.
+
+        Args:
+            packed: rows on this policy's device.
+            cache: an empty cache that receives every layer's keys and values, packed as the rows.
 
         Raises:
             ValueError: other device, ids outside of the vocabulary (checked on the CPU only), or a
@@ -179,7 +184,7 @@ class Policy:
         self._check(packed)
         if not self._isolated:
             self.prove_isolation()
-        return self._forward(packed)
+        return self._forward(packed, cache)
 
     def prove_isolation(self) -> float:
         """Proves on short random rows that packing changes nothing; the largest relative error.
@@ -256,13 +261,14 @@ class Policy:
         backend = choose_backend(self.attn, self.device, dtype)
         return plan_layout(packed.cu_seqlens, packed.max_seqlen, backend, dtype)
 
-    def _forward(self, packed: Packed) -> Float[Tensor, "n hidden"]:
+    def _forward(self, packed: Packed, cache: Cache | None = None) -> Float[Tensor, "n hidden"]:
         with without_masks(self._base.config):
             out = self._base(
                 input_ids=packed.ids[None],
                 attention_mask=None,
                 position_ids=packed.positions[None],
-                use_cache=False,
+                past_key_values=cache,
+                use_cache=cache is not None,
                 packed_layout=self._layout(packed),
             )
         return out.last_hidden_state[0]
