@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicLayer
 
 from tercet.engine.model import Policy
 from tercet.engine.records import SamplingParams, pack, split_by_tokens
+from tercet.kernels import segment_mean
 from tercet.kernels._typing import Bool, Float, Int
-from tercet.kernels.reference import segment_mean_ref as segment_mean
 
 PREFILL_TOKENS = 16384  # of one packed prefill pass; memory only
 CACHE_ROOM = 64  # tokens that a full cache grows by
@@ -63,7 +63,8 @@ class GrowingLayer(DynamicLayer):
 
 def _with_room(x: Tensor, indices: Tensor | None) -> Tensor:
     rows = len(x) if indices is None else len(indices)
-    buffer = x.new_empty((rows, x.shape[1], x.shape[2] + CACHE_ROOM, x.shape[3]))
+    shape = (rows, x.shape[1], x.shape[2] + CACHE_ROOM, x.shape[3])
+    buffer = torch.empty(shape, dtype=x.dtype, device=x.device)
     buffer[:, :, : x.shape[2]] = x if indices is None else x.index_select(0, indices)
     return buffer
 

@@ -33,9 +33,8 @@ from tercet.engine.attention import (
     without_masks,
 )
 from tercet.engine.records import Packed, pack
+from tercet.kernels import linear_logp, segment_mean
 from tercet.kernels._typing import Float
-from tercet.kernels.reference import linear_logp_ref as linear_logp
-from tercet.kernels.reference import segment_mean_ref as segment_mean
 
 log = logging.getLogger(__name__)
 
