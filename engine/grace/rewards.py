@@ -95,6 +95,7 @@ def grace_reward(
         relative  the group's lowest finished reward - penalty; in a group without a finished
                   rollout the batch's lowest - penalty (all equal: no signal under a group baseline)
         flat      -penalty, whatever the others earn (the paper)
+    Groups without a finished rollout are counted.
 
     Args:
         rollout_emb: pooled embeddings of any length, of the G rollouts of each group.
@@ -136,7 +137,11 @@ def grace_reward(
     }
     parts = _with_truncation(parts, finished.to(rollout_emb.device), config)
     total = torch.stack(list(parts.values())).sum(0)
-    return Rewards(total=total.flatten(), parts={k: v.flatten() for k, v in parts.items()})
+    return Rewards(
+        total=total.flatten(),
+        parts={name: part.flatten() for name, part in parts.items()},
+        counts={"groups/all_truncated": float((~finished).all(dim=1).sum())},
+    )
 
 
 def _with_truncation(
@@ -175,11 +180,3 @@ def _check_finite(**embeddings: Tensor | None) -> None:
             f"{x[..., 0].numel()} rows, {axes.get(name, 'group')} {rows}"
             f"{', ...' if len(bad) > 8 else ''}"
         )
-
-
-def truncation_counts(finished: Bool[Tensor, "groups rollouts"]) -> dict[str, float]:
-    """What the truncation rule touched: share of rollouts cut off, groups with none finished."""
-    return {
-        "truncated_share": (~finished).float().mean().item() if finished.numel() else 0.0,
-        "all_truncated_groups": float((~finished).all(dim=1).sum().item()),
-    }

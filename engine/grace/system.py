@@ -108,7 +108,7 @@ class GraceSystem:
             self.config.reward,
             group_ids,
         )
-        return replace(rewards, counts=self._counts(rollouts, group_ids))
+        return replace(rewards, counts=rewards.counts | self._counts(rollouts, group_ids))
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Retrieval on held-out rows, query -> document (unsupervised: a text -> itself).

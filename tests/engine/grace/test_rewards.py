@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tercet.engine.advantage import advantages, dead_parts
-from tercet.engine.grace.rewards import RewardConfig, grace_reward, truncation_counts
+from tercet.engine.grace.rewards import RewardConfig, grace_reward
 
 FORMS = ["paper", "released", "document", "info_nce"]
 LOOSE = {"rtol": 0, "atol": 2e-5}
@@ -191,6 +191,7 @@ def test_a_group_without_a_finished_rollout_gives_no_signal(scale_rewards):
     torch.testing.assert_close(r.total[8], lowest - 1.0, rtol=0, atol=1e-5)
     advantage = advantages(r.total, group_of(r, 4), scale_rewards=scale_rewards)
     assert advantage[8:12].tolist() == [0.0] * 4
+    assert r.counts == {"groups/all_truncated": 1.0}
 
 
 @pytest.mark.parametrize("truncation", ["relative", "flat"])
@@ -199,8 +200,7 @@ def test_all_truncated(truncation):
     config = RewardConfig(truncation=truncation, truncation_penalty=2.0)
     r = grace_reward(rollouts, queries, negatives, torch.zeros_like(finished), config)
     assert r.total.tolist() == [-2.0] * 24
-    counts = truncation_counts(torch.zeros_like(finished))
-    assert counts == {"truncated_share": 1.0, "all_truncated_groups": 6.0}
+    assert r.counts == {"groups/all_truncated": 6.0}
 
 
 @pytest.mark.parametrize(
@@ -217,11 +217,6 @@ def test_a_finished_reward_below_minus_one_makes_truncation_pay(config, pays):
     r = grace_reward(rollouts, at(0, 90), None, finished, config)
     assert r.total[0] < -1
     assert (advantages(r.total, torch.tensor([0, 0, 1, 1]))[1] > 0).item() is pays
-
-
-def test_counts_of_a_mixed_batch():
-    finished = torch.tensor([[True, False], [False, False]])
-    assert truncation_counts(finished) == {"truncated_share": 0.75, "all_truncated_groups": 1.0}
 
 
 def test_groups_of_the_same_text_do_not_repel():
