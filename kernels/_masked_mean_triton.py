@@ -159,7 +159,7 @@ def _masked_mean_row_grad(
     y_ptr += row * hidden
     grad_ptr += row * hidden
     count = tl.load(count_ptr + row)
-    hidden = tl.where(count > 0, hidden, 0)  # an empty row's gradient is never read
+    live = tl.where(count > 0, hidden, 0)  # nothing flows into an empty row: zeros
     divisor = tl.maximum(count, 1).to(ACC)
     along = tl.zeros((), dtype=ACC)
     norm = tl.full((), 1.0, dtype=ACC)
@@ -169,13 +169,13 @@ def _masked_mean_row_grad(
         for block in range(0, hidden, BLOCK_ROW):
             offs_h = block + tl.arange(0, BLOCK_ROW)
             y = tl.load(y_ptr + offs_h, mask=offs_h < hidden, other=0.0)
-            dy = tl.load(dy_ptr + offs_h.to(tl.int64) * stride_dh, mask=offs_h < hidden, other=0.0)
+            dy = tl.load(dy_ptr + offs_h.to(tl.int64) * stride_dh, mask=offs_h < live, other=0.0)
             products += y * dy
         along = tl.where(norm < EPS, 0.0, tl.sum(products, axis=0))
         norm = tl.where(norm < EPS, EPS, norm)
     for block in range(0, hidden, BLOCK_ROW):
         offs_h = block + tl.arange(0, BLOCK_ROW)
-        dy = tl.load(dy_ptr + offs_h.to(tl.int64) * stride_dh, mask=offs_h < hidden, other=0.0)
+        dy = tl.load(dy_ptr + offs_h.to(tl.int64) * stride_dh, mask=offs_h < live, other=0.0)
         if NORMALIZE:
             dy -= along * tl.load(y_ptr + offs_h, mask=offs_h < hidden, other=0.0)
         tl.store(grad_ptr + offs_h, dy / norm / divisor, mask=offs_h < hidden)

@@ -50,8 +50,10 @@ def _gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
 def _sums_cpu(x: Tensor, kept: Tensor, offsets: Tensor) -> Tensor:
     """Sum of the kept tokens of each row; casts and gathers at most CHUNK_ELEMENTS at a time."""
     hidden, dtype = x.shape[-1], accumulator_dtype(x)
+    if hidden == 0:
+        return torch.zeros(len(offsets) - 1, 0, dtype=dtype)
     if x.dtype == dtype and x.is_contiguous():
-        return _bag(x.view(-1, hidden), kept, offsets)
+        return _bag(x.flatten(0, -2), kept, offsets)
     sums = torch.zeros(len(offsets) - 1, hidden, dtype=dtype)
     step = max(1, CHUNK_ELEMENTS // hidden)
     for low in range(0, len(kept), step):
@@ -108,7 +110,7 @@ def _backward_torch(
 ) -> Tensor:
     """Copies each row's gradient to its kept tokens in dx, and zeros to all others."""
     row_grad = _row_gradient(dy, y, count, norm, normalize).to(dx.dtype)
-    tokens = dx.view(-1, dx.shape[-1])
+    tokens = dx.flatten(0, -2)  # a view
     cu = _boundaries(dx, cu_seqlens)
     row = torch.searchsorted(cu[1:], torch.arange(len(tokens), device=dx.device), right=True)
     if mask is not None:  # row len(row_grad) of the table is zero, also for tokens behind the last

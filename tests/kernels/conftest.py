@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tercet.kernels._checks import interpreting
+
 Judge = Callable[..., None]
 
 
@@ -26,7 +28,8 @@ def judge() -> Judge:
     """judge(ours, ref, [x, ...], dy): our error <= 2 x eager's + 1e-6, against float64, y and dx.
 
     `ref` runs twice: on float64 copies of the inputs (the truth) and on the inputs (eager).
-    Non-finite elements must be the same ones in the truth and in ours.
+    Non-finite elements must be the same ones in the truth and in ours.  Triton's interpreter cuts
+    float32 to bfloat16 where a GPU rounds, so there an element may be one unit further off.
     """
 
     def check(ours, ref, inputs: Sequence[Tensor], dy: Tensor, *, slack: float = 1e-6) -> None:
@@ -42,9 +45,10 @@ def judge() -> Judge:
             assert torch.equal(our.isfinite(), finite), f"{name}: other elements are finite"
             if not finite.any():
                 continue
-            our_error, eager_error = (
-                (got.double() - truth)[finite].abs().max() for got in (our, eager)
-            )
+            cut = our.dtype == torch.bfloat16 and interpreting()
+            allowed = truth.abs() * (2.0**-8 if cut else 0.0)
+            our_error = ((our.double() - truth).abs() - allowed)[finite].max()
+            eager_error = (eager.double() - truth)[finite].abs().max()
             assert our_error <= 2 * eager_error + slack, (
                 f"{name}: error {our_error:.2e}, eager has {eager_error:.2e}"
             )
