@@ -167,7 +167,7 @@ def _check(requests: Sequence[Request], max_length: int | None) -> None:
         prompt = len(request.prompt_ids)
         if prompt == 0:
             raise ValueError(
-                f"TransformersSampler: every prompt needs a token, got request {i} empty"
+                f"TransformersSampler: a prompt needs at least one token, got none in request {i}"
             )
         if request.pool_from is not None and not 0 <= request.pool_from <= prompt:
             raise ValueError(
