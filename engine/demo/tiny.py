@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from tercet.engine.demo.config import PretrainConfig
 from tercet.engine.demo.world import World
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.model import Policy
@@ -88,32 +89,6 @@ def build_policy(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Policy
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
     return Policy(model.float(), tokenizer)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PretrainConfig:
-    """Supervised training of the tiny model: until `accuracy`, then `noisy_steps` more.
-
-    Small batches and a high learning rate: with larger batches the same seconds teach it nothing.
-    """
-
-    accuracy: float = 0.85  # share of fresh texts whose topic the first name word hits
-    max_steps: int = 1500  # without reaching it is an error
-    batch_size: int = 32
-    learning_rate: float = 5e-3
-    warmup_steps: int = 30
-    text_weight: float = 1.0  # of the text's own tokens; below it, texts become too easy to tell
-    noisy_steps: int = 100
-    p_vague: float = 0.5  # of a noisy rationale that says nothing
-    p_right: float = 0.6  # of the others: the right topic, else any
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.accuracy < 1.0:
-            raise ValueError(f"PretrainConfig: accuracy must be in (0, 1), got {self.accuracy}")
-        for name in ("max_steps", "batch_size", "noisy_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"PretrainConfig: {name} must be >= 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

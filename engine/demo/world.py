@@ -175,21 +175,36 @@ class World:
         return f"<think> {rng.choice(_SURE)} </think> it is about {' '.join(words)}"
 
     def triples(self, count: int) -> list[Triple]:
-        """Training rows {query, positive, negative}; the negative is of another topic."""
+        """Training rows {query, positive, negative}: no document twice, negatives off the topic."""
         rng = random.Random(f"triples {self.seed}")
-        rows = []
-        for _ in range(count):
+        rows: dict[str, Triple] = {}
+        while len(rows) < count:
             topic, other = rng.sample(range(len(self.topics)), 2)
-            rows.append(
-                Triple(
-                    query=self.train_text(topic, "query", rng),
-                    positive=self.train_text(topic, "document", rng),
-                    negative=self.train_text(other, "document", rng),
-                    topic=topic,
-                    negative_topic=other,
-                )
+            row = Triple(
+                query=self.train_text(topic, "query", rng),
+                positive=self.train_text(topic, "document", rng),
+                negative=self.train_text(other, "document", rng),
+                topic=topic,
+                negative_topic=other,
             )
-        return rows
+            rows.setdefault(row.positive, row)
+        return list(rows.values())
+
+    def held_out_triples(self) -> list[Triple]:
+        """One row per topic, of its first held-out query and document: recall@1 is by topic."""
+        texts = self.held_out()
+        first = {(t.topic, t.side): t.text for t in reversed(texts)}
+        count = len(self.topics)
+        return [
+            Triple(
+                query=first[k, "query"],
+                positive=first[k, "document"],
+                negative=first[(k + 1) % count, "document"],
+                topic=k,
+                negative_topic=(k + 1) % count,
+            )
+            for k in range(count)
+        ]
 
     def topics_named(self, rationale: str) -> set[int]:
         """Topics whose name words occur in the rationale."""

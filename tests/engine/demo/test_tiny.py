@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tercet.engine.demo.config import PretrainConfig
 from tercet.engine.demo.tiny import (
     EOS_ID,
     MAX_LENGTH,
     SYSTEM_PROMPT,
-    PretrainConfig,
     Pretrainer,
     build_policy,
     build_tokenizer,

@@ -1,0 +1,310 @@
+"""The GRACE demo: a model is made, rewarded in the paper's form and in the repaired one, and shown.
+
+Five readings of the same held-out texts (topics are known, word pairs are new):
+
+    base          the taught model, text alone          base_reasoning   with a rationale
+    paper         trained with the paper's reward       document         with the repaired one
+    infonce       the same rows, a contrastive loss on embeddings of the text alone
+
+Everything runs through the same path as a real run: data files, `train`, `GraceEncoder`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from tercet.engine.config import load_config, to_yaml
+from tercet.engine.demo.config import GraceDemoConfig, PretrainConfig
+from tercet.engine.demo.results import DemoResults, Reading, Sample, read_results
+from tercet.engine.demo.show import show_results
+from tercet.engine.demo.tiny import SYSTEM_PROMPT, one_thread, pretrain
+from tercet.engine.demo.world import Text, World, write_triples
+from tercet.engine.environment import environment
+from tercet.engine.files import replace_text
+from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive
+from tercet.engine.grace.config import GraceConfig, GraceData
+from tercet.engine.grace.data import load_dataset
+from tercet.engine.grace.encoder import GraceEncoder
+from tercet.engine.grace.evaluate import anisotropy, distinct_share, retrieval_metrics
+from tercet.engine.grace.fit import FitConfig
+from tercet.engine.grace.rewards import Form, RewardConfig
+from tercet.engine.grace.train import train
+from tercet.engine.metrics import RunLog
+from tercet.engine.model import Policy
+from tercet.engine.report import write_report
+from tercet.engine.train_config import TrainConfig
+
+MAX_PROMPT_LENGTH = 64  # tokens; the longest prompt of the world has 19
+NUM_TRIPLES = 2048  # training rows
+SHOWN_TEXTS = (0, 70, 340)  # of the held-out ones: two queries and a document, chosen beforehand
+
+
+class Stopwatch:
+    """Seconds per named stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what happens within."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+class GraceDemo:
+    """The stages of the demo; a stage whose result lies in the folder is not done again."""
+
+    def __init__(self, config: GraceDemoConfig, console: Console) -> None:
+        self.config = config
+        self.console = console
+        self.folder = Path(config.output_dir)
+        self.world = World(config.seed)
+        self.texts = self.world.held_out()
+
+    def write_data(self) -> None:
+        """Training rows, and one held-out pair per topic to watch retrieval during training."""
+        write_triples(self.folder / "data" / "train.jsonl", self.world.triples(NUM_TRIPLES))
+        write_triples(self.folder / "data" / "test.jsonl", self.world.held_out_triples())
+
+    def make_base(self) -> dict[str, float]:
+        """The taught model in base/; returns the steps it took and the accuracy it reached."""
+        folder = self.folder / "base"
+        facts = folder / "pretrain.json"
+        if not facts.exists():
+            settings = self.config.pretrain or PretrainConfig(seed=self.config.seed)
+            made = pretrain(self.world, settings, progress=self._tell_accuracy)
+            made.policy.save(folder)
+            text = json.dumps({"steps": made.steps, "accuracy": made.accuracy})
+            replace_text(facts, text + "\n")
+        return json.loads(facts.read_text(encoding="utf-8"))
+
+    def grace_config(self, form: Form) -> GraceConfig:
+        """The settings of one GRACE run; what is not named here is the product's default."""
+        config = self.config
+        return GraceConfig(
+            model=str(self.folder / "base"),
+            data=self._data(),
+            output_dir=str(self.folder / form),
+            reward=RewardConfig(form=form),
+            train=TrainConfig(
+                max_steps=config.max_steps,
+                seed=config.seed,
+                learning_rate=config.learning_rate,
+                logging_steps=config.logging_steps,
+                eval_steps=config.logging_steps,
+                save_steps=50,
+                save_total_limit=1,
+            ),
+            num_generations=config.num_generations,
+            generation_batch_size=config.num_generations * config.groups_per_step,
+            max_completion_length=config.max_completion_length,
+            device="cpu",
+        )
+
+    def train_grace(self, form: Form) -> Path:
+        """Runs GRACE with one form of the reward; returns its last checkpoint."""
+        config = self.grace_config(form)
+        checkpoint = Path(config.output_dir) / f"checkpoint-{config.train.max_steps}"
+        return checkpoint if checkpoint.exists() else train(config).checkpoint
+
+    def train_infonce(self) -> Path:
+        """Trains the contrastive baseline on the same rows; returns its last checkpoint."""
+        config, folder = self.config, self.folder / "infonce"
+        checkpoint = folder / f"checkpoint-{config.max_steps}"
+        if checkpoint.exists():
+            return checkpoint
+        settings = ContrastiveConfig(
+            per_device_train_batch_size=config.groups_per_step,
+            max_prompt_length=MAX_PROMPT_LENGTH,
+            system_prompt=SYSTEM_PROMPT,
+            fit=FitConfig(
+                max_steps=config.max_steps,
+                seed=config.seed,
+                learning_rate=config.contrastive_learning_rate,
+                logging_steps=config.logging_steps,
+                save_total_limit=1,
+            ),
+        )
+        policy = Policy.from_pretrained(self.folder / "base", device="cpu")
+        rows = load_dataset(self._data()).train
+        with RunLog.create(
+            folder, settings, total_steps=config.max_steps, resume=folder.exists()
+        ) as log:
+            train_contrastive(policy, rows, settings, log)
+        return checkpoint
+
+    def read(self, model: str, path: Path, *, generate: bool) -> tuple[Reading, list[str]]:
+        """One row of the table, and the rationales of the first sampling."""
+        encoder = GraceEncoder.from_pretrained(
+            path,
+            device="cpu",
+            max_prompt_length=MAX_PROMPT_LENGTH,
+            system_prompt=SYSTEM_PROMPT,
+            max_batch_size=256,
+        )
+        sentences = [text.text for text in self.texts]
+        if not generate:
+            vectors = encoder.encode(sentences, generate=False).vectors
+            return Reading(model=model, **_spread(vectors, self.texts)), []
+        budget = self.config.max_completion_length
+        greedy = encoder.encode(sentences, max_completion_length=budget)
+        sampled = [
+            encoder.encode(sentences, max_completion_length=budget, temperature=1.0, seed=seed)
+            for seed in range(self.config.eval_repeats)
+        ]
+        measures = [
+            {
+                **_spread(encoded.vectors, self.texts),
+                "names_topic": self._names_topic(encoded.rationales),
+                "distinct": distinct_share(encoded.rationales),
+                "truncated": encoded.num_truncated / len(encoded),
+            }
+            for encoded in sampled
+        ]
+        means = {key: sum(m[key] for m in measures) / len(measures) for key in measures[0]}
+        found = _spread(greedy.vectors, self.texts)["recall_at_1"]
+        reading = Reading(model=model, recall_at_1_greedy=found, **means)
+        return reading, sampled[0].rationales
+
+    def _names_topic(self, rationales: Sequence[str]) -> float:
+        right = [
+            self.world.topics_named(rationale) == {text.topic}
+            for rationale, text in zip(rationales, self.texts, strict=True)
+        ]
+        return sum(right) / len(right)
+
+    def _data(self) -> GraceData:
+        return GraceData(
+            path=str(self.folder / "data" / "train.jsonl"),
+            test_path=str(self.folder / "data" / "test.jsonl"),
+            max_prompt_length=MAX_PROMPT_LENGTH,
+            system_prompt=SYSTEM_PROMPT,
+        )
+
+    def _tell_accuracy(self, step: int, accuracy: float) -> None:
+        if step % self.config.logging_steps == 0:
+            self.console.print(f"step {step}  topic named right {accuracy:.2f}")
+
+
+def run_demo(config: GraceDemoConfig, *, console: Console | None = None) -> DemoResults:
+    """Makes, trains, measures and shows; the folder holds the runs, results.json and report.html.
+
+    A demo that was stopped goes on where it was; a finished one is shown again.
+
+    Raises:
+        FileExistsError: output_dir holds a demo with other settings.
+        RuntimeError: the base model does not reach its accuracy; see `pretrain`.
+    """
+    console = Console(highlight=False) if console is None else console
+    demo = GraceDemo(config, console)
+    results = demo.folder / "results.json"
+    _claim(demo.folder, config)
+    if not results.exists():
+        with one_thread():
+            found = _run_stages(demo, console)
+        replace_text(results, json.dumps(asdict(found), indent=2) + "\n")
+    else:
+        console.print(
+            f"{demo.folder} holds this demo, finished; showing it again "
+            "(--output-dir NEW makes another)"
+        )
+    found = read_results(results)
+    show_results(found, console)
+    return found
+
+
+def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
+    watch = Stopwatch()
+    console.rule("1  A small world, and a tiny model that learns to write about it")
+    demo.write_data()
+    with watch.stage("pretrain"):
+        base = demo.make_base()
+    paths = {"base": demo.folder / "base", "base_reasoning": demo.folder / "base"}
+    console.rule("2  GRACE with the paper's reward: watch the distinct rationales")
+    with watch.stage("paper"):
+        paths["paper"] = demo.train_grace("paper")
+    console.rule("3  GRACE with the repaired reward (document side)")
+    with watch.stage("document"):
+        paths["document"] = demo.train_grace("document")
+    console.rule("4  The InfoNCE baseline: no rationale, gradient through the embedding")
+    with watch.stage("infonce"):
+        paths["infonce"] = demo.train_infonce()
+    console.rule("5  Held-out texts")
+    with watch.stage("evaluate"):
+        read = {
+            model: demo.read(model, path, generate=model not in ("base", "infonce"))
+            for model, path in paths.items()
+        }
+    with watch.stage("report"):
+        write_report(demo.folder)
+    return DemoResults(
+        folder=str(demo.folder),
+        seed=demo.config.seed,
+        pretrain_steps=int(base["steps"]),
+        pretrain_accuracy=base["accuracy"],
+        readings=[reading for reading, _ in read.values()],
+        samples=[
+            Sample(
+                text=demo.texts[i].text,
+                topic=demo.world.topics[demo.texts[i].topic].names[0],
+                base=read["base_reasoning"][1][i],
+                paper=read["paper"][1][i],
+                document=read["document"][1][i],
+            )
+            for i in SHOWN_TEXTS
+        ],
+        seconds={**watch.seconds, "total": sum(watch.seconds.values())},
+        environment=environment(),
+    )
+
+
+def _claim(folder: Path, config: GraceDemoConfig) -> None:
+    """Writes the settings into a new folder, or checks that the folder has these very ones."""
+    settings, text = folder / "demo.yaml", to_yaml(config)
+    if settings.exists() and settings.read_text(encoding="utf-8") != text:
+        raise FileExistsError(
+            f"run_demo: output_dir must be new or hold this demo, got one with other settings in "
+            f"{folder}; choose another --output-dir"
+        )
+    if not settings.exists() and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"run_demo: output_dir must be new or hold this demo, got other files in {folder}; "
+            "choose another --output-dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(settings, text)
+
+
+def _spread(vectors: torch.Tensor, texts: Sequence[Text]) -> dict[str, float]:
+    """Retrieval of documents by queries, a hit being the same topic, and the documents' cosine."""
+    topic = torch.tensor([text.topic for text in texts])
+    query = torch.tensor([text.side == "query" for text in texts])
+    relevant = topic[query][:, None] == topic[~query][None, :]
+    found = retrieval_metrics(vectors[query], vectors[~query], relevant)
+    return {"recall_at_1": found["hit@1"], "mean_cosine": anisotropy(vectors[~query])}
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """`tercet demo grace [--evidence] [--config FILE.yaml] [--key.subkey VALUE ...]`.
+
+    --evidence runs seeds 0, 1 and 2 and keeps the table; see `run_evidence`.
+    """
+    rest = [word for word in argv if word != "--evidence"]
+    config = load_config(GraceDemoConfig, rest, prog=prog)
+    if len(rest) == len(argv):
+        run_demo(config)
+        return 0
+    from tercet.engine.demo.evidence import run_evidence
+
+    run_evidence(replace(config, output_dir=f"{config.output_dir}-evidence"))
+    return 0

@@ -1,0 +1,57 @@
+"""What the demo found: the record that results.json holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One row of the table: shares in [0, 1] over the held-out texts; None where not applicable."""
+
+    model: str
+    recall_at_1: float  # queries whose best document is of their topic
+    mean_cosine: float  # of two different documents; 1 is a full collapse
+    recall_at_1_greedy: float | None = None  # the same with greedy rationales
+    names_topic: float | None = None  # rationales that name the right topic and no other
+    distinct: float | None = None  # different rationales / rationales
+    truncated: float | None = None  # rationales cut off by the budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What the models write about one held-out text."""
+
+    text: str
+    topic: str
+    base: str
+    paper: str
+    document: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResults:
+    """Everything the demo found; results.json of its folder."""
+
+    folder: str
+    seed: int
+    pretrain_steps: int
+    pretrain_accuracy: float
+    readings: list[Reading]
+    samples: list[Sample]
+    seconds: dict[str, float] = field(default_factory=dict)  # per stage, of the last start
+    environment: dict[str, object] = field(default_factory=dict)
+
+    def reading(self, model: str) -> Reading:
+        """The row of one model."""
+        return next(r for r in self.readings if r.model == model)
+
+
+def read_results(path: Path) -> DemoResults:
+    """The results.json of a finished demo."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["readings"] = [Reading(**row) for row in data["readings"]]
+    data["samples"] = [Sample(**row) for row in data["samples"]]
+    return DemoResults(**data)
