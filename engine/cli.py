@@ -24,10 +24,11 @@ COMMANDS = {
         "tercet.engine.grace.train:main", "reward rationales contrastively and train on them"
     ),
     "grace encode": Command(
-        "tercet.engine.grace.encoder:main", "texts in, vectors and rationales out"
+        "tercet.engine.grace.commands:encode", "texts in, vectors and rationales out"
     ),
     "grace eval": Command(
-        "tercet.engine.grace.evaluate:main", "retrieval, STS, anisotropy, kept generation ability"
+        "tercet.engine.grace.commands:evaluate",
+        "retrieval, STS, anisotropy, kept generation ability",
     ),
     "grace experiment": Command(
         "tercet.engine.grace.experiment:main", "all rows of the real-text table from one file"

@@ -32,19 +32,15 @@ def _nested_dataclass(annotation: object) -> type | None:
     return None
 
 
-def _reject_unknown(cls: type, data: dict, where: str, prefix: str = "") -> None:
-    hints = typing.get_type_hints(cls)
+def _reject_unknown(cls: type, data: dict, where: str, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
-    for key, value in data.items():
+    for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise ConfigError(
                 f"{where}: unknown key '{prefix}{key}'; "
                 f"the nearest known one is '{prefix}{near[0]}'"
             )
-        nested = _nested_dataclass(hints[key])
-        if nested and isinstance(value, dict):
-            _reject_unknown(nested, value, where, f"{prefix}{key}.")
 
 
 def _yaml_loader() -> type:
@@ -63,18 +59,18 @@ def read_yaml(path: str | Path, cls: type[ConfigT]) -> ConfigT:
     """The settings in a YAML file; keys that the file leaves out keep their defaults.
 
     Raises:
-        ConfigError: not readable, not a mapping, an unknown key, or a value of the wrong kind.
+        ConfigError: not readable, not a mapping, an unknown key, a value of the wrong kind, or a
+            required key that is not there.
     """
-    values = _read_values(path, cls)
     try:
-        return cls(**values)
+        return _checked(_partial(cls, _load(path), str(path)))
     except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"read_yaml: {path}: {error}") from error
 
 
-def _read_values(path: str | Path, cls: type) -> dict[str, object]:
-    """The top-level fields that a YAML file sets, validated."""
-    import pydantic
+def _load(path: str | Path) -> dict:
     import yaml
 
     try:
@@ -88,44 +84,66 @@ def _read_values(path: str | Path, cls: type) -> dict[str, object]:
         raise ConfigError(
             f"read_yaml: {path} must hold key: value lines, got {type(data).__name__}"
         )
-    _reject_unknown(cls, data, str(path))
-    values, hints = {}, typing.get_type_hints(cls)
-    for key, value in data.items():
-        try:
-            field = pydantic.TypeAdapter(hints[key])
-            values[key] = field.validate_json(json.dumps(value), strict=True)
-        except (pydantic.ValidationError, TypeError) as error:
-            raise ConfigError(f"read_yaml: {path}: {_readable(error, key)}") from error
-    return values
+    return data
 
 
-def _defaults(cls: type[ConfigT], values: dict[str, object]) -> ConfigT:
-    """A record to start the command line from; what nobody has set yet is marked as missing."""
+def _partial(cls: type[ConfigT], data: dict, where: str, prefix: str = "") -> ConfigT:
+    """A record with what `data` sets and with defaults; tyro.MISSING where neither has a value.
+
+    Its own checks do not run yet: the command line may still change every field.
+    """
     import tyro
 
-    record = object.__new__(cls)  # the checks of __post_init__ wait for the command line
+    _reject_unknown(cls, data, where, prefix)
+    record, hints = object.__new__(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in values:
-            value = values[field.name]
+        name, nested = field.name, _nested_dataclass(hints[field.name])
+        if nested and isinstance(data.get(name), dict):
+            value = _partial(nested, data[name], where, f"{prefix}{name}.")
+        elif name in data:
+            value = _validated(hints[name], data[name], f"{where}: {prefix}{name}")
         elif field.default is not dataclasses.MISSING:
             value = field.default
         elif field.default_factory is not dataclasses.MISSING:
             value = field.default_factory()
         else:
-            value = tyro.MISSING
-        object.__setattr__(record, field.name, value)
+            value = _partial(nested, {}, where, f"{prefix}{name}.") if nested else tyro.MISSING
+        object.__setattr__(record, name, value)
     return record
 
 
-def _readable(error: Exception, key: str) -> str:
+def _validated(annotation: object, value: object, where: str) -> object:
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+    except (pydantic.ValidationError, TypeError) as error:
+        raise ConfigError(f"read_yaml: {_readable(error, where)}") from error
+
+
+def _checked(record: ConfigT) -> ConfigT:
+    """The record built anew by its class, so that the class's own checks run."""
+    import tyro
+
+    values = {}
+    for field in dataclasses.fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if value is tyro.MISSING:
+            raise ValueError(f"{type(record).__name__}: the key {field.name!r} is required")
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        values[field.name] = _checked(value) if nested else value
+    return type(record)(**values)
+
+
+def _readable(error: Exception, where: str) -> str:
     """A validation error as 'key: what is wrong, got value', one after the other."""
     errors = getattr(error, "errors", None)
     if errors is None:
-        return f"{key}: {error}"
+        return f"{where}: {error}"
     parts = []
     for item in errors(include_url=False):
-        where = ".".join([key, *map(str, item["loc"])])
-        parts.append(f"{where}: {item['msg']}, got {item['input']!r}")
+        key = ".".join([where, *map(str, item["loc"])])
+        parts.append(f"{key}: {item['msg']}, got {item['input']!r}")
     return "; ".join(parts)
 
 
@@ -157,12 +175,12 @@ def load_config(cls: type[ConfigT], argv: Sequence[str], *, prog: str) -> Config
     import tyro
 
     path, rest = split_config_option(argv)
-    values = {} if path is None else _read_values(path, cls)
+    default = _partial(cls, {} if path is None else _load(path), str(path))
     text = (
         f"{(cls.__doc__ or '').strip()}\n\n--config FILE.yaml sets what the other options override."
     )
     try:
-        return tyro.cli(cls, args=rest, prog=prog, description=text, default=_defaults(cls, values))
+        return tyro.cli(cls, args=rest, prog=prog, description=text, default=default)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{prog}: {error}") from error
 

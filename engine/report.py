@@ -5,14 +5,13 @@ from __future__ import annotations
 import html
 import io
 import json
-import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from tercet.engine.files import read_jsonl, replace_text
 
 Series = dict[int, float]  # step -> value
 
@@ -81,28 +80,6 @@ class Run:
     events: list[dict]
     config: str
     env: dict
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The records of a JSON-lines file; a half-written last line (a killed run) is left out.
-
-    Raises:
-        ValueError: a line other than the last that is not JSON.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"report: {path}:{number} must be JSON, got {line[:60]!r}"
-                ) from error
-            logger.warning("%s: the last line is half written and left out", path)
-    return records
 
 
 def load_run(folder: Path) -> Run:
@@ -267,9 +244,8 @@ def write_report(folder: str | Path) -> Path:
     if (folder / "metrics.jsonl").exists() or not subfolders:
         subfolders = [folder]
     page = render(folder.resolve().name, [load_run(path) for path in subfolders])
-    target, temporary = folder / "report.html", folder / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    target = folder / "report.html"
+    replace_text(target, page)
     return target
 
 

@@ -13,10 +13,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
@@ -92,22 +93,31 @@ class GraceEncoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         attn: str = "auto",
-        max_prompt_length: int = 1024,
-        system_prompt: str = SYSTEM_PROMPT,
+        max_prompt_length: int | None = None,
+        system_prompt: str | None = None,
         max_batch_size: int = 64,
     ) -> GraceEncoder:
         """Loads a checkpoint of a run, or any causal LM with a chat template.
+
+        Args:
+            folder: or a hub id.
+            dtype: of the weights.
+            device: None: the CPU.
+            attn: see `Policy`.
+            max_prompt_length: None: as in the config.yaml of the run that the folder lies in,
+                else 1024.
+            system_prompt: None: as in that config.yaml, else `SYSTEM_PROMPT`.
+            max_batch_size: see `GraceEncoder`.
 
         Raises:
             FileNotFoundError, ValueError: as `Policy.from_pretrained` and `GraceEncoder`.
         """
         policy = Policy.from_pretrained(folder, dtype=dtype, device=device, attn=attn)
-        return cls(
-            policy,
-            max_prompt_length=max_prompt_length,
-            system_prompt=system_prompt,
-            max_batch_size=max_batch_size,
-        )
+        settings = {"max_prompt_length": 1024, "system_prompt": SYSTEM_PROMPT}
+        settings |= _trained_with(Path(folder))
+        given = {"max_prompt_length": max_prompt_length, "system_prompt": system_prompt}
+        settings |= {key: value for key, value in given.items() if value is not None}
+        return cls(policy, max_batch_size=max_batch_size, **settings)
 
     def encode(
         self,
@@ -268,6 +278,16 @@ def _seed(seed: int | None, text: str, sample: int) -> int | None:
         return None
     digest = hashlib.sha256(f"{seed} {sample} {text}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 2
+
+
+def _trained_with(checkpoint: Path) -> dict[str, Any]:
+    """How prompts were built in the run that the checkpoint lies in; {} outside of a run."""
+    path = checkpoint.resolve().parent / "config.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    data = settings.get("data") if isinstance(settings, dict) else None
+    if not isinstance(data, dict):
+        return {}
+    return {k: data[k] for k in ("max_prompt_length", "system_prompt") if k in data}
 
 
 def _check_texts(texts: Sequence[str]) -> None:

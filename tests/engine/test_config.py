@@ -86,6 +86,22 @@ def test_a_missing_file_is_named():
         load_config(Outer, ["--config", "nowhere.yaml"], prog="t")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nested:
+    """A record whose nested record has a required field."""
+
+    outer: Outer
+
+
+def test_a_nested_required_key_may_come_from_the_command_line(yaml_file):
+    path = yaml_file("outer: {mode: unsupervised}")
+    config = load_config(Nested, ["--config", path, "--outer.data", "x"], prog="t")
+    assert config == Nested(outer=Outer(data="x", mode="unsupervised"))
+    assert load_config(Nested, ["--outer.data", "x"], prog="t") == Nested(outer=Outer(data="x"))
+    with pytest.raises(ConfigError, match="'data' is required"):
+        read_yaml(path, Nested)
+
+
 @pytest.mark.parametrize("argv", [["--config"], ["--config", "a", "--config", "b"]])
 def test_config_option_is_given_once_with_a_file(argv):
     with pytest.raises(ConfigError, match="must be given once"):

@@ -1,0 +1,177 @@
+"""`tercet grace encode` and `tercet grace eval`: a trained encoder from the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tercet.engine.config import load_config
+from tercet.engine.data import check_text, read_rows
+from tercet.engine.grace.config import GraceData
+
+if TYPE_CHECKING:
+    from tercet.engine.grace.encoder import GraceEncoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeConfig:
+    """Write a rationale about each text, and its embedding, into a new folder."""
+
+    model: str  # checkpoint folder, or any causal LM with a chat template
+    input: str  # .txt (one text per line), .jsonl or .parquet
+    output_dir: str  # gets vectors.safetensors (float32 [n, hidden]) and rationales.jsonl
+    column: str = "text"
+    generate: bool = True  # False: embed the prompt alone
+    max_completion_length: int = 256
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 0
+    normalize: bool = True
+    max_batch_size: int = 64
+    device: str | None = None  # None: CUDA where there is one
+
+
+def encode(argv: Sequence[str], prog: str) -> int:
+    """Encodes a file of texts."""
+    config = load_config(EncodeConfig, argv, prog=prog)
+    folder = Path(config.output_dir)
+    if folder.exists():
+        raise FileExistsError(f"encode: output_dir must be new, got {folder}; name another")
+    rows = read_rows(config.input, required=[config.column])
+    texts = [
+        check_text("encode", config.column, row[config.column], rows.where(i))
+        for i, row in enumerate(rows)
+    ]
+
+    from safetensors.torch import save_file
+
+    encoder = _encoder(config)
+    encoded = encoder.encode(
+        texts,
+        generate=config.generate,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        seed=config.seed,
+        normalize=config.normalize,
+    )
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    save_file({"vectors": encoded.vectors.cpu()}, partial / "vectors.safetensors")
+    lines = [
+        json.dumps({"text": text, "rationale": rationale}, ensure_ascii=False) + "\n"
+        for text, rationale in zip(texts, encoded.rationales, strict=True)
+    ]
+    (partial / "rationales.jsonl").write_text("".join(lines), encoding="utf-8")
+    partial.rename(folder)
+    sys.stdout.write(
+        f"{len(texts)} texts in {folder}; {encoded.num_truncated} rationales cut off, "
+        f"{encoded.num_prompts_truncated} texts cut to fit the prompt\n"
+    )
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Measure an encoder on the held-out rows of supervised data, without and with rationales."""
+
+    model: str  # checkpoint folder, or any causal LM with a chat template
+    data: GraceData
+    sts: str | None = None  # .jsonl or .parquet with sentence1, sentence2 and score
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    max_batch_size: int = 64
+    device: str | None = None  # None: CUDA where there is one
+
+
+def evaluate(argv: Sequence[str], prog: str) -> int:
+    """Prints one JSON object per mode: retrieval, anisotropy, distinct rationales, loss."""
+    config = load_config(EvalConfig, argv, prog=prog)
+
+    from tercet.engine.grace.data import load_dataset
+    from tercet.engine.grace.evaluate import held_out_loss
+
+    examples = load_dataset(config.data).test
+    pairs = [(e.query, e.document) for e in examples if e.query is not None]
+    if len(pairs) < 2:
+        raise ValueError(
+            f"eval: there must be at least two held-out rows with a query, got {len(pairs)}; "
+            "raise data.test_fraction or set data.test_path, with data.mode supervised"
+        )
+    encoder = _encoder(config)
+    documents = [document for _, document in pairs]
+    loss = held_out_loss(encoder.policy, documents)
+    for generate in (False, True):
+        measures = _retrieval(encoder, pairs, config, generate=generate)
+        measures |= _sts(encoder, config, generate=generate)
+        line = {"rationales": generate, **measures, "held_out_loss_nats": loss}
+        sys.stdout.write(json.dumps(line) + "\n")
+    return 0
+
+
+def _encoder(config: EncodeConfig | EvalConfig) -> GraceEncoder:
+    import torch
+
+    from tercet.engine.grace.encoder import GraceEncoder
+
+    return GraceEncoder.from_pretrained(
+        config.model,
+        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        max_batch_size=config.max_batch_size,
+    )
+
+
+def _options(config: EvalConfig, *, generate: bool) -> dict[str, Any]:
+    return {
+        "generate": generate,
+        "max_completion_length": config.max_completion_length,
+        "temperature": config.temperature,
+        "seed": config.seed,
+    }
+
+
+def _retrieval(
+    encoder: GraceEncoder, pairs: list[tuple[str, str]], config: EvalConfig, *, generate: bool
+) -> dict[str, float]:
+    from tercet.engine.grace.evaluate import anisotropy, distinct_share, retrieval_metrics
+
+    distinct = list(dict.fromkeys(document for _, document in pairs))
+    place = {document: i for i, document in enumerate(distinct)}
+    options = _options(config, generate=generate)
+    queries = encoder.encode([query for query, _ in pairs], **options)
+    documents = encoder.encode(distinct, **options)
+    relevant = [{place[document]} for _, document in pairs]
+    measures = retrieval_metrics(queries.vectors, documents.vectors, relevant)
+    measures["anisotropy"] = anisotropy(documents.vectors)
+    if generate:
+        measures["distinct_rationales"] = distinct_share(documents.rationales)
+        measures["truncated"] = documents.num_truncated / len(distinct)
+    return measures
+
+
+def _sts(encoder: GraceEncoder, config: EvalConfig, *, generate: bool) -> dict[str, float]:
+    if config.sts is None:
+        return {}
+    import torch
+
+    from tercet.engine.grace.evaluate import sts_spearman
+
+    rows = read_rows(config.sts, required=["sentence1", "sentence2"])
+    gold = [_number(row.get("score"), rows.where(i)) for i, row in enumerate(rows)]
+    options = _options(config, generate=generate)
+    first, second = (
+        encoder.encode([str(row[column]) for row in rows], **options).vectors
+        for column in ("sentence1", "sentence2")
+    )
+    return {"sts_spearman": sts_spearman(first, second, torch.tensor(gold))}
+
+
+def _number(value: object, where: str) -> float:
+    if not isinstance(value, int | float):
+        raise ValueError(f"eval: column 'score' must be a number, got {value!r} at {where}")
+    return float(value)

@@ -1,0 +1,71 @@
+"""`tercet grace encode` and `eval` on a tiny model."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from tercet.engine.cli import main
+from tercet.engine.grace import GraceEncoder
+
+
+@pytest.fixture
+def checkpoint(tiny_policy, tmp_path):
+    run = tmp_path / "run"
+    tiny_policy.save(run / "checkpoint-1")
+    settings = {"data": {"system_prompt": "think about it", "max_prompt_length": 48}}
+    (run / "config.yaml").write_text(json.dumps(settings))
+    return str(run / "checkpoint-1")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_an_encoder_prompts_as_its_run_did(checkpoint):
+    encoder = GraceEncoder.from_pretrained(checkpoint)
+    assert encoder.prompt.system_prompt == "think about it"
+    assert encoder.prompt.max_prompt_length == 48
+    other = GraceEncoder.from_pretrained(checkpoint, system_prompt="be brief")
+    assert other.prompt.system_prompt == "be brief"
+
+
+def test_encode_writes_vectors_and_rationales(checkpoint, tmp_path, capsys):
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": "the cat"}, {"text": "a dog barks"}])
+    out = tmp_path / "out"
+    argv = ["grace", "encode", "--model", checkpoint, "--input", texts, "--output-dir", str(out)]
+    assert main([*argv, "--max-completion-length", "4"]) == 0
+    vectors = load_file(out / "vectors.safetensors")["vectors"]
+    expected = GraceEncoder.from_pretrained(checkpoint).encode(
+        ["the cat", "a dog barks"], max_completion_length=4
+    )
+    assert vectors.allclose(expected.vectors, atol=1e-5)
+    rows = [json.loads(line) for line in (out / "rationales.jsonl").read_text().splitlines()]
+    assert [row["rationale"] for row in rows] == expected.rationales
+    assert f"2 texts in {out}; {expected.num_truncated} rationales" in capsys.readouterr().out
+    assert main(argv) == 1
+    assert "output_dir must be new" in capsys.readouterr().err
+
+
+def test_eval_measures_both_modes(checkpoint, tmp_path, capsys):
+    rows = [{"query": f"cat {i}", "positive": f"dog {i}"} for i in range(6)]
+    pairs = [{"sentence1": "the cat", "sentence2": "a dog", "score": i / 2} for i in range(3)]
+    pairs[1]["sentence2"] = "the cat"
+    argv = ["grace", "eval", "--model", checkpoint, "--max-completion-length", "3"]
+    argv += ["--data.path", write_rows(tmp_path / "d.jsonl", rows), "--data.test-fraction", "0.5"]
+    assert main([*argv, "--sts", write_rows(tmp_path / "s.jsonl", pairs)]) == 0
+    plain, reasoned = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (plain["rationales"], reasoned["rationales"]) == (False, True)
+    for measures in (plain, reasoned):
+        assert 0 <= measures["recall@1"] <= 1
+        assert -1 <= measures["sts_spearman"] <= 1
+        assert measures["held_out_loss_nats"] > 0
+    assert 0 < reasoned["distinct_rationales"] <= 1
+
+
+def test_eval_needs_held_out_pairs(checkpoint, tmp_path, capsys):
+    data = write_rows(tmp_path / "d.jsonl", [{"query": "a", "positive": "b"}] * 4)
+    argv = ["grace", "eval", "--model", checkpoint, "--data.path", data]
+    assert main([*argv, "--data.test-fraction", "0"]) == 1
+    assert "at least two held-out rows with a query, got 0" in capsys.readouterr().err
