@@ -11,6 +11,7 @@ from tercet.engine.grace.prompts import SYSTEM_PROMPT
 from tercet.engine.grace.rewards import RewardConfig
 from tercet.engine.train_config import TrainConfig
 
+COLUMN = re.compile(r"query|anchor|positive|pos|text|(neg|negatives?)(_\d+)?")
 Mode = Literal["supervised", "unsupervised"]
 Overlong = Literal["truncate", "drop"]
 Dtype = Literal["float32", "bfloat16"]
@@ -46,6 +47,13 @@ class GraceData:
                 "GraceData: unsupervised data has no negatives, "
                 f"got num_negatives={self.num_negatives}; leave it out"
             )
+        for name in self.columns:
+            if not COLUMN.fullmatch(name):
+                raise ValueError(
+                    "GraceData: columns must name ours (query, positive, negative, negative_1, "
+                    f"..., text) and then the file's, got {name!r}: {self.columns[name]!r}; "
+                    "turn it round?"
+                )
         try:
             re.compile(self.remove or "")
         except re.error as error:
@@ -72,7 +80,8 @@ class GraceConfig:
     """Train a language model to write rationales whose mean hidden state embeds the text.
 
     One step takes generation_batch_size / num_generations rows of the data; the document of each
-    is sampled num_generations times, its query and its negatives once.
+    is sampled num_generations times, its query and its negatives once.  An unfinished run with the
+    same settings in output_dir goes on; --resume goes on with one whose settings were others.
     """
 
     model: str  # folder or hub id of a causal language model with a chat template

@@ -54,6 +54,7 @@ class GraceSystem:
         self.config = config
         self.dataset = dataset
         self.sampler = sampler
+        self.device = policy.device
         self.tokenizer = policy.tokenizer
         self.prompt = PromptBuilder(
             policy.tokenizer,
@@ -119,31 +120,20 @@ class GraceSystem:
         if len(examples) < 2:
             return {}
         documents = list(dict.fromkeys(example.document for example in examples))
-        position = {text: i for i, text in enumerate(documents)}
-        queries = [e.document if e.query is None else e.query for e in examples]
-        params = replace(self._rollout, temperature=self.config.evaluation.temperature)
-        requests = [
-            self._request(
-                self.prompt(text),
-                index,
-                "evaluation",
-                replace(params, seed=request_seed(self.config.train.seed, EVAL_STEP, index)),
-            )
-            for index, text in enumerate([*documents, *queries])
-        ]
-        completions = self.sampler.sample(requests)
+        place = {text: i for i, text in enumerate(documents)}
+        relevant: dict[str, set[int]] = {}  # a query may have several documents
+        for example in examples:
+            query = example.document if example.query is None else example.query
+            relevant.setdefault(query, set()).add(place[example.document])
+        completions = self._write([*documents, *relevant])
         vectors = stack_embeddings(completions)
-        found = retrieval_metrics(
-            vectors[len(documents) :],
-            vectors[: len(documents)],
-            [{position[example.document]} for example in examples],
-        )
-        written = [self.tokenizer.decode(c.ids) for c in completions[: len(documents)]]
-        spread = {"anisotropy": anisotropy(vectors[: len(documents)])} if len(documents) > 1 else {}
+        about = vectors[: len(documents)]
+        found = retrieval_metrics(vectors[len(documents) :], about, list(relevant.values()))
+        rationales = [str(self.tokenizer.decode(c.ids)) for c in completions[: len(documents)]]
         return {
             **{name: found[name] for name in ("recall@1", "recall@10", "ndcg@10", "mrr")},
-            **spread,
-            "distinct_share": distinct_share([str(text) for text in written]),
+            **({"anisotropy": anisotropy(about)} if len(documents) > 1 else {}),
+            "distinct_share": distinct_share(rationales),
             "mean_length": sum(len(c.ids) for c in completions) / len(completions),
             "clipped_ratio": sum(not c.finished for c in completions) / len(completions),
         }
@@ -169,16 +159,27 @@ class GraceSystem:
             truncated=prompt.truncated,
         )
 
+    def _write(self, texts: Sequence[str]) -> list[Completion]:
+        """One completion per text, seeded by its place, under the precision of training."""
+        params = replace(self._rollout, temperature=self.config.evaluation.temperature)
+        seeds = [request_seed(self.config.train.seed, EVAL_STEP, i) for i in range(len(texts))]
+        requests = [
+            self._request(self.prompt(text), i, "evaluation", replace(params, seed=seed))
+            for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
+        ]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.bf16):
+            return self.sampler.sample(requests)
+
     def _embeddings(self, rollouts: Rollouts, rows: Sequence[int]) -> Float[Tensor, "rows hidden"]:
         return stack_embeddings([rollouts.completions[i] for i in rows])
 
     def _counts(self, rollouts: Rollouts, group_ids: Int[Tensor, " groups"]) -> dict[str, float]:
         """What a reader of the metrics should know about the step's texts."""
         others = [i for i, r in enumerate(rollouts.requests) if r.role in ("query", "negative")]
-        first = {(r.group, r.role, tuple(r.prompt_ids)): r.truncated for r in rollouts.requests}
+        texts = {(r.group, tuple(r.prompt_ids)): r.truncated for r in rollouts.requests}
         cut = [i for i in others if not rollouts.completions[i].finished]
         return {
-            "prompts/truncated": float(sum(first.values())),
+            "prompts/truncated": float(sum(texts.values())),
             "groups/sharing_a_text": float(len(group_ids) - len(group_ids.unique())),
             "anchors/clipped_ratio": len(cut) / len(others),
         }

@@ -47,6 +47,7 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
     folder = Path(config.output_dir)
     resumes = _resumes(folder, config, resume)
     dataset = load_dataset(config.data)
+    torch.manual_seed(config.train.seed)  # dropout, if the model has any; sampling has own seeds
     policy = load_policy(config)
     sampler = TransformersSampler(policy, max_batch_size=config.max_batch_size)
     dataset = _fitting(dataset, policy, config)

@@ -158,6 +158,7 @@ BAD_SETTINGS = {
     "num_negatives must be >= 0, got -1": {"num_negatives": -1},
     "unsupervised data has no negatives, got num_neg": {"mode": "unsupervised", "num_negatives": 2},
     "remove must be a regular expression, got '('": {"remove": "("},
+    "got 'question': 'query'; turn it round?": {"columns": {"question": "query"}},
 }
 
 

@@ -169,6 +169,12 @@ def test_truncated_prompts_and_anchors_are_counted(make_system):
     assert counts["anchors/clipped_ratio"] == 0.5  # two queries of two queries and two negatives
 
 
+def test_a_truncated_anchor_is_its_document_and_counts_once(make_system):
+    system = make_system([Example(document="d " * 300), TEXTS[0]])
+    counts = system.rewards(rollouts_of(system, *GOLDEN[:2], [])).counts
+    assert counts["prompts/truncated"] == 1
+
+
 def test_samples_are_readable(make_system):
     system = make_system()
     rollouts = rollouts_of(system, *GOLDEN)
@@ -198,6 +204,15 @@ def test_evaluation_finds_a_text_by_itself(make_system):
     """Greedy completions of one text are equal, so a text's nearest text is itself."""
     system = make_system(TEXTS, test=TEXTS, evaluation=GraceEval(temperature=0.0))
     assert system.evaluate(1)["recall@1"] == 1.0
+
+
+def test_a_query_with_two_documents_may_find_either(make_system):
+    same = Example(query="the sea", document="the sea")  # greedy: the query is its document
+    other = Example(query="the sea", document="a rose in the sun")
+    system = make_system(test=[other, same], evaluation=GraceEval(temperature=0.0))
+    found = system.evaluate(1)
+    assert found["recall@1"] == 0.5  # of its two documents, one can be first
+    assert found["mrr"] == 1.0
 
 
 def test_a_sampler_that_does_not_pool_is_named(make_system):

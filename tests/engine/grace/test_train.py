@@ -3,12 +3,14 @@
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tercet.engine.config import read_yaml, to_yaml
 from tercet.engine.files import read_jsonl
 from tercet.engine.grace import GraceConfig, train
 from tercet.engine.grace.config import GraceData
@@ -212,6 +214,17 @@ def test_the_command_line(make_config, tmp_path, capsys):
     assert main([*argv, "--train.max-steps", "1", "--device", "cpu"], "tercet grace train") == 0
     assert f"wrote {tmp_path / 'cli' / 'checkpoint-1'}" in capsys.readouterr().out.replace("\n", "")
     assert main([*argv, "--train.max-steps", "2", "--resume", "--device", "cpu"], "t") == 0
+
+
+@pytest.mark.parametrize("name", ["tiny", "paper"])
+def test_shipped_settings_are_valid(name, tmp_path):
+    path = Path(__file__).parents[3] / "configs" / f"grace_{name}.yaml"
+    config = read_yaml(path, GraceConfig)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert read_yaml(tmp_path / "again.yaml", GraceConfig) == config
+    if name == "paper":
+        assert config.groups_per_step == 64
+        assert (config.reward.form, config.reward.temperature) == ("paper", 0.1)
 
 
 def test_train_stays_the_function_when_its_module_is_loaded():
