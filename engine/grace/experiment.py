@@ -1,0 +1,338 @@
+"""Worked problems as a retrieval task: every method of the table, on a model made on the spot.
+
+A problem's question is the query, its worked answer the document.  Per seed: a tokenizer and a tiny
+model are made from the training pairs alone, then trained once with each method from the same
+weights, and read out on the held-out pairs.  Every stage keeps checkpoints and every finished row
+is kept, so the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tercet.engine.config import ConfigError, load_config, to_yaml
+from tercet.engine.data import read_rows
+from tercet.engine.files import replace_text
+from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive
+from tercet.engine.grace.config import GraceConfig, GraceData
+from tercet.engine.grace.data import Example
+from tercet.engine.grace.encoder import GraceEncoder
+from tercet.engine.grace.evaluate import held_out_loss
+from tercet.engine.grace.fit import FitConfig, fit
+from tercet.engine.grace.prompts import PromptBuilder
+from tercet.engine.grace.rewards import Form, RewardConfig
+from tercet.engine.grace.scratch import (
+    PretrainConfig,
+    RationaleModelling,
+    ScratchModel,
+    build_policy,
+    build_tokenizer,
+)
+from tercet.engine.grace.table import Corpus, bm25_row, encoder_row, markdown_table
+from tercet.engine.grace.train import train
+from tercet.engine.metrics import RunLog
+from tercet.engine.model import Policy
+from tercet.engine.train_config import TrainConfig
+
+CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
+FINAL_LINE = re.compile(r"\n?####[^\n]*\s*\Z")
+COLUMNS = {
+    "recall@1": "recall@1",
+    "recall@10": "recall@10",
+    "ndcg@10": "nDCG@10",
+    "anisotropy": "mean cosine",
+    "distinct_share": "distinct",
+    "words_in_text": "words in text",
+    "words_in_partner": "in partner",
+    "truncated_share": "cut off",
+    "held_out_loss": "nats/token",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """How rationales are written, in training and when read out."""
+
+    num_generations: int = 8
+    generation_batch_size: int = 128
+    max_completion_length: int = 32
+    temperature: float = 1.0
+    anchor_temperature: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExperimentConfig:
+    """The table of docs/grace.md; the same command goes on after a kill.
+
+    data holds one JSON object per line with "question" and "answer".  Lists of seeds may grow
+    between calls, other settings may not.
+    """
+
+    data: str = "gsm8k_test.jsonl"
+    output_dir: str = "runs/grace_gsm8k"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    num_train: int = 1000  # pairs, after a shuffle; the others are held out
+    split_seed: int = 0
+    max_prompt_length: int = 320  # tokens, template included
+    system_prompt: str = "Name what matters."
+    model: ScratchModel = field(default_factory=ScratchModel)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    generation: Generation = field(default_factory=Generation)
+    grace: TrainConfig = field(default_factory=lambda: TrainConfig(max_steps=100))
+    info_nce: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    simcse: ContrastiveConfig = field(
+        default_factory=lambda: ContrastiveConfig(method="simcse", attention_dropout=0.3)
+    )
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"ExperimentConfig: seeds must differ, and be given, got {self.seeds}")
+        if self.info_nce.method != "info_nce" or self.simcse.method != "simcse":
+            raise ValueError(
+                "ExperimentConfig: info_nce.method and simcse.method must be what they are called, "
+                f"got {self.info_nce.method!r} and {self.simcse.method!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """Question and worked answer of each problem."""
+
+    train: list[tuple[str, str]]
+    test: list[tuple[str, str]]
+
+    @property
+    def corpus(self) -> Corpus:
+        """The held-out pairs."""
+        return Corpus(queries=[q for q, _ in self.test], documents=[a for _, a in self.test])
+
+
+def worked_answer(answer: str) -> str:
+    """The steps of a worked answer: without calculator marks, without the line of the result.
+
+    The line ("#### 18") repeats what the last step says in words.
+    """
+    return FINAL_LINE.sub("", CALCULATOR_MARK.sub("", answer)).strip()
+
+
+def read_pairs(path: str, num_train: int, *, split_seed: int = 0) -> Pairs:
+    """The problems of a file, shuffled, the first num_train of them for training.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows`; too few rows; an answer without a step.
+    """
+    rows = read_rows(path, required=("question", "answer"))
+    pairs = [(str(row["question"]).strip(), worked_answer(str(row["answer"]))) for row in rows]
+    empty = [rows.where(i) for i, pair in enumerate(pairs) if not all(pair)]
+    if empty:
+        raise ValueError(
+            f"read_pairs: a question and a worked answer must have text, got none at {empty[0]}"
+        )
+    if not 1 <= num_train <= len(pairs) - 2:
+        raise ValueError(
+            f"read_pairs: num_train must leave two of the {len(pairs)} rows held out, "
+            f"got {num_train}"
+        )
+    random.Random(f"split {split_seed}").shuffle(pairs)
+    return Pairs(train=pairs[:num_train], test=pairs[num_train:])
+
+
+class Experiment:
+    """The stages of one seed, each skipped when it is finished."""
+
+    def __init__(self, config: ExperimentConfig, pairs: Pairs, seed: int) -> None:
+        self.config, self.pairs, self.seed = config, pairs, seed
+        self.folder = Path(config.output_dir) / f"seed-{seed}"
+        self.results = self.folder / "rows.json"
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """What is known so far: name of the row -> measures."""
+        return json.loads(self.results.read_text()) if self.results.exists() else {}
+
+    def run(self, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+        """Runs what is missing.  Returns all rows."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._row("BM25", lambda: bm25_row(self.pairs.corpus), say)
+        base = self.base()
+        self._rows("base", base, ("prompt", "greedy", "sampled"), say)
+        self._rows("InfoNCE", self.contrastive("info_nce", base), ("prompt", "greedy"), say)
+        for form in ("document", "paper"):
+            trained = self.grace(f"grace_{form}", base, form)
+            self._rows(f"GRACE, {form} form", trained, ("prompt", "greedy", "sampled"), say)
+        self._rows("SimCSE, questions", self.contrastive("simcse", base), ("prompt",), say)
+        trained = self.grace("grace_questions", base, "document", questions_only=True)
+        self._rows("GRACE, questions", trained, ("prompt", "greedy", "sampled"), say)
+        return self.rows()
+
+    def base(self) -> Path:
+        """Tokenizer and model from the training pairs, taught to read and to name shared words."""
+        config = replace(
+            self.config.pretrain, fit=replace(self.config.pretrain.fit, seed=self.seed)
+        )
+        folder = self.folder / "base"
+        final = folder / f"checkpoint-{config.fit.max_steps}"
+        if final.exists():
+            return final
+        texts = [text for pair in self.pairs.train for text in pair]
+        template = ["system\nuser\nassistant\n" + self.config.system_prompt] * (len(texts) // 10)
+        tokenizer = build_tokenizer([*texts, *template], self.config.model.vocab_size)
+        policy = build_policy(tokenizer, self.config.model, seed=self.seed)
+        prompt = PromptBuilder(
+            tokenizer,
+            max_prompt_length=self.config.max_prompt_length,
+            system_prompt=self.config.system_prompt,
+        )
+        objective = RationaleModelling(policy, self.pairs.train, prompt, config)
+        with self._log(folder, config, config.fit) as log:
+            log.info(f"{objective.num_skipped} texts share no word with their partner, left out")
+            fit(policy, objective, config.fit, log)
+        return final
+
+    def contrastive(self, method: str, base: Path) -> Path:
+        """InfoNCE on the pairs, or SimCSE on the questions alone."""
+        config: ContrastiveConfig = getattr(self.config, method)
+        config = replace(
+            config,
+            max_prompt_length=self.config.max_prompt_length,
+            system_prompt=self.config.system_prompt,
+            fit=replace(config.fit, seed=self.seed),
+        )
+        folder = self.folder / method
+        final = folder / f"checkpoint-{config.fit.max_steps}"
+        if final.exists():
+            return final
+        supervised = method == "info_nce"
+        examples = [
+            Example(document=a, query=q) if supervised else Example(document=q)
+            for q, a in self.pairs.train
+        ]
+        with self._log(folder, config, config.fit) as log:
+            train_contrastive(Policy.from_pretrained(base), examples, config, log)
+        return final
+
+    def grace(self, name: str, base: Path, form: Form, *, questions_only: bool = False) -> Path:
+        """GRACE from the base model, on the pairs or on the questions alone."""
+        config, kind = self.config, "questions" if questions_only else "pairs"
+        files = {part: self.folder / f"{kind}_{part}.jsonl" for part in ("train", "test")}
+        for part, path in files.items():
+            rows = getattr(self.pairs, part)
+            lines = [
+                {"text": q} if questions_only else {"query": q, "positive": a} for q, a in rows
+            ]
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        run = GraceConfig(
+            model=str(base),
+            data=GraceData(
+                path=str(files["train"]),
+                test_path=str(files["test"]),
+                mode="unsupervised" if questions_only else "supervised",
+                max_prompt_length=config.max_prompt_length,
+                system_prompt=config.system_prompt,
+            ),
+            output_dir=str(self.folder / name),
+            reward=RewardConfig(form=form),
+            train=replace(config.grace, seed=self.seed),
+            **asdict(config.generation),
+        )
+        final = self.folder / name / f"checkpoint-{config.grace.max_steps}"
+        return final if final.exists() else train(run).checkpoint
+
+    def _log(self, folder: Path, config: Any, steps: FitConfig) -> RunLog:
+        return RunLog.create(folder, config, total_steps=steps.max_steps, resume=folder.exists())
+
+    def _rows(
+        self, name: str, model: Path, readouts: Sequence[str], say: Callable[[str], None]
+    ) -> None:
+        named = {readout: f"{name}: {readout}" for readout in readouts}
+        if all(row in self.rows() for row in named.values()):
+            return
+        policy = Policy.from_pretrained(model)
+        encoder = GraceEncoder(
+            policy,
+            max_prompt_length=self.config.max_prompt_length,
+            system_prompt=self.config.system_prompt,
+        )
+        texts = [text for pair in self.pairs.test for text in pair]
+        for readout, row in named.items():
+            how = self._readout(readout)
+            self._row(
+                row,
+                lambda how=how: {
+                    **encoder_row(encoder, self.pairs.corpus, **how),
+                    "held_out_loss": held_out_loss(policy, texts),
+                },
+                say,
+            )
+
+    def _readout(self, readout: str) -> dict[str, Any]:
+        length = self.config.generation.max_completion_length
+        return {
+            "prompt": {"generate": False},
+            "greedy": {"max_completion_length": length},
+            "sampled": {"max_completion_length": length, "temperature": 1.0, "seed": self.seed},
+        }[readout]
+
+    def _row(
+        self, name: str, measure: Callable[[], dict[str, float]], say: Callable[[str], None]
+    ) -> None:
+        rows = self.rows()
+        if name not in rows:
+            rows[name] = measure()
+            replace_text(self.results, json.dumps(rows, indent=2) + "\n")
+        say(
+            f"seed {self.seed}  {name}: recall@1 {rows[name]['recall@1']:.3f}, "
+            f"recall@10 {rows[name]['recall@10']:.3f}"
+        )
+
+
+def run(config: ExperimentConfig, say: Callable[[str], None]) -> str:
+    """Runs all seeds; writes results.json and table.md.  Returns the table.
+
+    Raises:
+        ConfigError: output_dir holds the experiment with other settings.
+        FileNotFoundError, ValueError, RuntimeError: as `read_pairs`, `fit` and `train`.
+    """
+    folder = Path(config.output_dir)
+    pairs = read_pairs(config.data, config.num_train, split_seed=config.split_seed)
+    _claim(folder, config)
+    say(f"{len(pairs.train)} pairs for training, {len(pairs.test)} held out")
+    seeds = [Experiment(config, pairs, seed).run(say) for seed in config.seeds]
+    names = list(dict.fromkeys(name for rows in seeds for name in rows))
+    rows = {name: [of_seed[name] for of_seed in seeds if name in of_seed] for name in names}
+    table = markdown_table(rows, COLUMNS)
+    replace_text(folder / "results.json", json.dumps(rows, indent=2) + "\n")
+    replace_text(folder / "table.md", table)
+    return table
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """`tercet grace experiment --config FILE.yaml --data FILE.jsonl`."""
+    config = load_config(ExperimentConfig, argv, prog=prog)
+
+    def say(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    say(run(config, say))
+    say(f"wrote {config.output_dir}/table.md and results.json; each run's folder is beside them")
+    return 0
+
+
+def _claim(folder: Path, config: ExperimentConfig) -> None:
+    """Writes config.yaml, or compares with the one that is there."""
+    path = folder / "config.yaml"
+    text = to_yaml(replace(config, seeds=[0], data="", output_dir=""))
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"experiment: output_dir must be new or hold this experiment, got other settings in "
+            f"{path}; choose another output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(path, text)
