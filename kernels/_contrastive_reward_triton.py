@@ -45,7 +45,7 @@ def _group_fwd(
     square_q = tl.zeros((), tl.float32)
     dot = tl.zeros((BLOCK_G,), tl.float32)
     for start in range(0, H, BLOCK_H):
-        offs_h = start + tl.arange(0, BLOCK_H)
+        offs_h = start + tl.arange(0, BLOCK_H).to(tl.int64)
         inside = offs_h < H
         where = kept[:, None] & inside[None, :]
         d = tl.load(d_ptr + offs_h[None, :] * stride_dh, mask=where, other=0.0).to(tl.float32)
@@ -62,7 +62,7 @@ def _group_fwd(
     # sum over l != k of s(d_k, d_l) = s(d_k, sum of the unit rollouts) - s(d_k, d_k)
     to_all = tl.zeros((BLOCK_G,), tl.float32)
     for start in range(0, H, BLOCK_H):
-        offs_h = start + tl.arange(0, BLOCK_H)
+        offs_h = start + tl.arange(0, BLOCK_H).to(tl.int64)
         where = kept[:, None] & (offs_h < H)[None, :]
         d = tl.load(d_ptr + offs_h[None, :] * stride_dh, mask=where, other=0.0).to(tl.float32)
         d *= inv_d[:, None]
@@ -76,7 +76,7 @@ def _group_fwd(
         square_n = tl.zeros((), tl.float32)
         dot = tl.zeros((BLOCK_G,), tl.float32)
         for start in range(0, H, BLOCK_H):
-            offs_h = start + tl.arange(0, BLOCK_H)
+            offs_h = start + tl.arange(0, BLOCK_H).to(tl.int64)
             inside = offs_h < H
             n_ptrs = n_ptr + tl.cast(number, tl.int64) * stride_nm + offs_h * stride_nh
             n = tl.load(n_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -128,14 +128,14 @@ def _cross_fwd(
         other = (groups < B)[None, :] & (ids[None, :] != row_id[:, None])  # [BLOCK_R, BLOCK_J]
         best = tl.full((BLOCK_R, BLOCK_J), float("-inf"), tl.float32)
         for low in range(0, COL_G, BLOCK_L):
-            col_group = tile * BLOCK_J + slots // BLOCK_L
+            col_group = (tile * BLOCK_J + slots // BLOCK_L).to(tl.int64)
             col_slot = (low + slots % BLOCK_L).to(tl.int64)
             col_kept = (col_group < B) & (col_slot < COL_G)
             inv_col = tl.load(inv_col_ptr + col_group * COL_G + col_slot, mask=col_kept, other=0.0)
             col_ptrs = col_ptr + col_group * stride_cb + col_slot * stride_cg
             acc = tl.zeros((BLOCK_R, BLOCK_J * BLOCK_L), tl.float32)
             for start in range(0, H, BLOCK_H):
-                offs_h = start + tl.arange(0, BLOCK_H)
+                offs_h = start + tl.arange(0, BLOCK_H).to(tl.int64)
                 a = tl.load(
                     row_ptrs[:, None] + offs_h[None, :] * stride_rh,
                     mask=row_kept[:, None] & (offs_h < H)[None, :], other=0.0,
@@ -270,7 +270,7 @@ def forward(
         tiles_per_share=tiles_per_share, num_shares=num_shares, temperature=temperature,
         LSE=lse, HAS_IDS=group_ids is not None, UPCAST=interpreting(),
         BLOCK_R=BLOCK_R, BLOCK_J=block_j, BLOCK_L=block_l,
-        BLOCK_H=32 if rollouts.dtype == torch.float32 else 64,
+        BLOCK_H=32 if rollouts.dtype == torch.float32 else 64, num_warps=8,
     )  # fmt: skip
 
     negative_weight, consistency_weight, hard_weight = weights

@@ -43,36 +43,35 @@ def _within_groups(d: Tensor, inv_d: Tensor, own: Tensor, q: Tensor) -> tuple[Te
     return dots[..., 0].contiguous(), (dots[..., 1] - own) / max(d.shape[1] - 1, 1)
 
 
-def _cross_tile(rows: Tensor, d: Tensor, inv_d: Tensor, q: Tensor, *, document: bool) -> Tensor:
-    """Cosines of rows with a chunk of groups: [rows, chunk, 1 or G]."""
-    if document:
-        return (rows @ q.T)[..., None]
-    tile = rows @ d.flatten(0, 1).T
-    return tile.mul_(inv_d.flatten()).unflatten(1, inv_d.shape)
-
-
 def _cross_torch(
-    d: Tensor, inv_d: Tensor, q: Tensor, same: Tensor, *, document: bool, temperature: float | None
-) -> Tensor:
-    """Reduction over the groups not marked in same[i, j], [B, G] or [B, 1].
+    d: Tensor, inv_d: Tensor, q: Tensor, ids: Tensor, *, document: bool, temperature: float | None
+) -> tuple[Tensor, Tensor]:
+    """Reduction over the groups of another id, and their number: [B, G or 1] and [B, 1].
 
     It is the sum over those groups of their highest cosine (temperature=None), or the log-sum-exp
     of all their cosines / temperature.
     """
     num_groups, num_rollouts, _ = d.shape
     rows = (d * inv_d[..., None]).flatten(0, 1) if document else q
-    same = same.repeat_interleave(num_rollouts, dim=0) if document else same
     out = rows.new_full((len(rows),), 0.0 if temperature is None else -torch.inf)
-    step = max(1, MAX_TILE // max(1, len(rows) * (1 if document else num_rollouts)))
+    out = out.view(num_groups, num_rollouts if document else 1)
+    num_other = torch.zeros_like(ids)
+    step = max(1, MAX_TILE // max(1, num_groups * num_rollouts))
     for j in range(0, num_groups, step):
         chunk = slice(j, j + step)
-        tile = _cross_tile(rows, d[chunk], inv_d[chunk], q[chunk], document=document)
-        if temperature is None:
-            out += tile.amax(-1).masked_fill_(same[:, chunk], 0.0).sum(1)
+        same = ids[:, None] == ids[chunk]
+        num_other += (~same).sum(1)
+        if document:
+            tile = (rows @ q[chunk].T).view(num_groups, num_rollouts, -1, 1)
         else:
-            tile = tile.div_(temperature).masked_fill_(same[:, chunk, None], -torch.inf)
-            out = torch.logaddexp(out, tile.flatten(1).logsumexp(1))
-    return out.view(num_groups, num_rollouts if document else 1)
+            tile = (rows @ d[chunk].flatten(0, 1).T).mul_(inv_d[chunk].flatten())
+            tile = tile.view(num_groups, 1, -1, num_rollouts)
+        if temperature is None:
+            out += tile.amax(-1).masked_fill_(same[:, None], 0.0).sum(-1)
+        else:
+            tile = tile.div_(temperature).masked_fill_(same[:, None, :, None], -torch.inf)
+            out = torch.logaddexp(out, tile.flatten(2).logsumexp(-1))
+    return out, num_other[:, None]
 
 
 def _torch_fwd(
@@ -91,20 +90,20 @@ def _torch_fwd(
     num_groups, num_rollouts, _ = d.shape
     n = d[:, :0] if negatives is None else _unit(negatives.to(dtype))
     ids = torch.arange(num_groups, device=d.device) if group_ids is None else group_ids
-    same = ids[:, None] == ids
-    num_other = num_groups - same.sum(1, keepdim=True)  # [B, 1]
 
     inv_d, own = _inverse_norm(d)
     positive, consistency = _within_groups(d, inv_d, own, q)
     to_negatives = (d @ n.mT) * inv_d[..., None] if document else q[:, None] @ n.mT
     if form == "info_nce":
-        cross = _cross_torch(d, inv_d, q, same, document=document, temperature=temperature)
+        cross, num_other = _cross_torch(
+            d, inv_d, q, ids, document=document, temperature=temperature
+        )
         others = torch.cat((to_negatives / temperature, cross[..., None]), dim=-1).logsumexp(-1)
         count = 1 + to_negatives.shape[-1] + num_other * (1 if document else num_rollouts)
         log_sum = torch.logaddexp(positive / temperature, others)
         hard = temperature * (count.to(dtype).log() - log_sum)
         return positive, torch.zeros_like(positive), consistency, hard
-    cross = _cross_torch(d, inv_d, q, same, document=document, temperature=None)
+    cross, num_other = _cross_torch(d, inv_d, q, ids, document=document, temperature=None)
     hard = (-cross / num_other.clamp(min=1)).expand_as(positive).contiguous()
     negative = (-to_negatives.sum(-1)).expand_as(positive).contiguous()
     return positive, negative, consistency, hard
