@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ConfigT = TypeVar("ConfigT")
 
@@ -112,7 +112,7 @@ def _partial(cls: type[ConfigT], data: dict, where: str, prefix: str = "") -> Co
     return record
 
 
-def _validated(annotation: object, value: object, where: str) -> object:
+def _validated(annotation: Any, value: object, where: str) -> object:
     import pydantic
 
     try:
