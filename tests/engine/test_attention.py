@@ -182,3 +182,26 @@ def test_proof_runs_once_and_keeps_training_mode(tiny_policy):
     tiny_policy.hidden(pack([[1, 2, 3]]))
     assert (first > 1, len(calls) - first) == (True, 1)
     assert all(module.training for module in tiny_policy.model.modules())
+
+
+def test_attention_exchanged_behind_the_policys_back_is_refused(tiny_policy):
+    tiny_policy.hidden(pack([[1, 2]]))
+    tiny_policy.model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="must stay 'tercet', got 'sdpa'"):
+        tiny_policy.hidden(pack([[1, 2]]))
+
+
+def test_outside_of_packed_calls_the_model_is_stock(tiny_policy):
+    """Padding masks, caches and transformers' own packing work as with stock SDPA."""
+    stock = copy.deepcopy(tiny_policy.model)
+    stock.set_attn_implementation("sdpa")
+    ids = torch.randint(384, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    packed = pack(ragged_rows([4, 5]))
+    for call in (
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": ids, "use_cache": True},
+        {"input_ids": packed.ids[None], "position_ids": packed.positions[None], "use_cache": False},
+    ):
+        assert torch.equal(tiny_policy.model(**call).logits, stock(**call).logits)
