@@ -111,15 +111,13 @@ def score_completions(
         for request, completion in zip(requests, completions, strict=True)
     ]
     packed = pack(context, ids, pool_from=[r.pool_from for r in requests], device=policy.device)
-    temperature = torch.tensor([r.params.temperature for r in requests]).repeat_interleave(
-        torch.tensor([len(row) for row in ids])
-    )
-    uniform = len(temperature) > 0 and bool((temperature == temperature[0]).all())
+    warm = [r.params.temperature for r, row in zip(requests, ids, strict=True) for _ in row]
+    uniform = len(set(warm)) == 1
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.bf16):
         return score(
             policy,
             packed,
-            temperature=float(temperature[0]) if uniform else temperature.to(policy.device),
+            temperature=warm[0] if uniform else torch.tensor(warm, device=policy.device),
             entropy=entropy,
             embed=embed,
         )

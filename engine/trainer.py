@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -122,6 +123,7 @@ class Trainer:
         """
         config = self.config
         start = self._resume()
+        self._check_precision()
         metrics = self.log.last_metrics()
         if start == 0 and config.eval_steps:
             self.log.log(0, self._evaluate(0))
@@ -149,7 +151,8 @@ class Trainer:
             check_embeddings(scored.rollouts)
             rollouts, greedy = split_greedy(scored.rollouts)
             rewards = self._rewards(rollouts)
-            baseline = self._rewards(greedy).total if self._remax else None
+            check_rewards(rewards, len(rollouts.rows("rollout")))
+            baseline = self._baseline(greedy) if self._remax else None
             advantage = self._advantage(rollouts, rewards, baseline)
             batch = self._batch(rollouts, rewards, advantage, scored)
             clock.lap("score")
@@ -180,10 +183,14 @@ class Trainer:
 
     def _rewards(self, rollouts: Rollouts) -> Rewards:
         rewards = self.system.rewards(rollouts)
-        check_rewards(rewards, len(rollouts.rows("rollout")))
         parts = {name: part.detach().float().cpu() for name, part in rewards.parts.items()}
-        total = rewards.total.detach().float().cpu()
-        return Rewards(total=total, parts=parts, counts=rewards.counts)
+        return replace(rewards, total=rewards.total.detach().float().cpu(), parts=parts)
+
+    def _baseline(self, greedy: Rollouts) -> Float[Tensor, " n"]:
+        """What the greedy completion of each rollout's group would have earned (remax)."""
+        rewards = self._rewards(greedy)
+        check_rewards(rewards, len(greedy.rows("rollout")))
+        return rewards.total
 
     def _advantage(
         self, rollouts: Rollouts, rewards: Rewards, baseline: Float[Tensor, " n"] | None
@@ -262,6 +269,14 @@ class Trainer:
                 "all_truncated",
                 "no rollout of the batch ended before max_completion_length; raise it, or check "
                 "the end token (counted in completions/clipped_ratio)",
+            )
+
+    def _check_precision(self) -> None:
+        if self.policy.dtype in (torch.float16, torch.bfloat16):
+            self._warn_once(
+                "precision",
+                f"the weights are {self.policy.dtype}: an update below about 1/256 of a weight is "
+                "lost in rounding; load them as float32 and set bf16 for bfloat16 compute",
             )
 
     def _warn_once(self, key: str, message: str) -> None:

@@ -91,7 +91,10 @@ def optimise(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_scored = int(batch.lengths().sum())
-    means = {key: float(value) / num_scored for key, value in sums.items()}
+    means = {
+        key: float(value) / (1 if key.endswith("_max") else num_scored)
+        for key, value in sums.items()
+    }
     return {
         "loss": float(total),
         "grad_norm": float(grad_norm),
@@ -123,7 +126,10 @@ def _micro_loss(
     trainer = scored.logp.detach() if old is None else old
     sums["entropy"] += scored.entropy.detach().sum()
     sums["clip_ratio"] += out.clipped.sum()
-    sums["sampling/logp_mismatch"] += (trainer - sampled).abs().sum()
+    mismatch = (trainer - sampled).abs()
+    sums["sampling/logp_mismatch"] += mismatch.sum()
+    worst = "sampling/logp_mismatch_max"
+    sums[worst] = torch.maximum(sums[worst], mismatch.max())
     if config.beta > 0:
         sums["kl"] += out.kl.detach().sum()
     loss = out.loss.sum()

@@ -1,7 +1,8 @@
 """A small real task: a random model learns to write token LIKED.  Also a program to be killed.
 
-python tests/engine/toy_run.py MODEL FOLDER KILL_AT: trains in FOLDER, resuming what is there, and
-kills itself with SIGKILL inside step KILL_AT (0: never), after the sampling and before the update.
+python tests/engine/toy_run.py reads lines "MODEL FOLDER KILL_AT": each is a process that trains in
+FOLDER, resuming what is there, and kills itself with SIGKILL inside step KILL_AT (0: never), after
+the sampling and before the update.
 """
 
 import os
@@ -75,10 +76,24 @@ def main(model: str, folder: str, kill_at: str) -> None:
     config = TrainConfig(
         max_steps=6, learning_rate=1e-2, save_steps=2, mini_batches=2, beta=0.01, eval_steps=3
     )
-    system = LikesOneToken(kill_at=int(kill_at))
+    system = LikesOneToken(num_groups=8, group_size=8, kill_at=int(kill_at))
     make_trainer(policy, system, config, folder, resume=True).train()
 
 
-if __name__ == "__main__":
+def serve() -> None:
+    """One run per line of input, each in a process of its own; answers with its wait status."""
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    answers = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what runs print is not an answer
+    for line in sys.stdin:
+        child = os.fork()  # before torch has started a thread: a run is a second, an import is six
+        if child == 0:
+            main(*line.split())
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        os.write(answers, f"{status}\n".encode())
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,312 @@
+"""The loop on a small real task (toy_run.py): learning, metrics, warnings, stops."""
+
+import json
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tercet.engine.files import read_jsonl
+from tercet.engine.metrics import RunLog
+from tercet.engine.model import Policy
+from tercet.engine.records import Completion, Rewards
+from tercet.engine.sampler import TransformersSampler
+from tercet.engine.trainer import TrainConfig, Trainer
+
+toy = runpy.run_path(str(Path(__file__).with_name("toy_run.py")))
+LikesOneToken = toy["LikesOneToken"]
+
+
+@pytest.fixture
+def policy(make_tiny_model) -> Policy:
+    return Policy(make_tiny_model("qwen3"))
+
+
+def make_trainer(policy, system, folder, **settings) -> Trainer:
+    config = TrainConfig(**{"max_steps": 1, "learning_rate": 1e-2, "save_steps": 0, **settings})
+    return toy["make_trainer"](policy, system, config, folder)
+
+
+def weights(policy) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in policy.model.parameters()]
+
+
+def messages(folder) -> list[str]:
+    return [row["message"] for row in read_jsonl(folder / "events.jsonl")]
+
+
+def test_a_policy_learns_what_is_rewarded(policy, tmp_path):
+    system = LikesOneToken(num_groups=8, group_size=8)
+    final = make_trainer(policy, system, tmp_path, max_steps=15, mini_batches=2).train()
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 16))
+    assert rows[0]["reward/share"] < 0.05
+    assert final["reward/share"] > 0.9
+    assert final == {key: value for key, value in rows[-1].items() if key != "step"}
+
+
+def test_every_step_logs_what_a_reader_needs(policy, tmp_path):
+    policy.model.generation_config.eos_token_id = None  # so that all have 6 tokens
+    make_trainer(policy, LikesOneToken(), tmp_path, max_steps=2, eval_steps=1, beta=0.1).train()
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert rows[0] == {"step": 0, "eval/step_seen": 0.0}
+    assert (
+        set(rows[1])
+        == set(rows[2])
+        == {
+            *("step", "reward/mean", "reward/std", "reward/spread", "frac_reward_zero_std"),
+            *("reward/share", "reward/share_spread", "reward/shared", "reward/shared_spread"),
+            *("completions/mean_length", "completions/max_length", "completions/clipped_ratio"),
+            *("padding_saved", "loss", "grad_norm", "entropy", "kl", "clip_ratio", "learning_rate"),
+            *("sampling/logp_mismatch", "sampling/logp_mismatch_max", "rows_left_out"),
+            *("updates_skipped", "time/sample_s", "time/score_s", "time/update_s", "time/step_s"),
+            *("tokens_per_s", "memory_gb", "eval/step_seen"),
+        }
+    )
+    first = rows[1]
+    assert first["sampling/logp_mismatch_max"] < 1e-4
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[2]["kl"] > 1e-6
+    assert first["clip_ratio"] == 0
+    assert first["padding_saved"] == pytest.approx(1 - (9 + 10 + 11 + 12) / (4 * 12))
+    assert 0 < first["entropy"] < 6  # log(384) = 5.95
+    assert first["reward/shared_spread"] == 0.0
+    assert 0.05 < first["memory_gb"] < 64
+    parts = ("time/sample_s", "time/score_s", "time/update_s")
+    assert first["time/step_s"] == pytest.approx(sum(first[part] for part in parts))
+
+
+def test_off_policy_updates_are_clipped_towards_the_old_policy(policy, tmp_path):
+    trainer = make_trainer(
+        policy, LikesOneToken(), tmp_path, mini_batches=2, num_iterations=3, epsilon=0.01
+    )
+    metrics = trainer.train()
+    assert metrics["clip_ratio"] > 0
+    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert steps == {6}  # 2 mini-batches, 3 times
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce++", "remax", "dapo"])
+def test_every_estimator_trains(policy, tmp_path, estimator):
+    before = weights(policy)
+    metrics = make_trainer(policy, LikesOneToken(), tmp_path, advantage_estimator=estimator).train()
+    assert metrics["grad_norm"] > 0
+    assert not all(map(torch.equal, before, weights(policy)))
+
+
+class Recorder:
+    """A sampler that keeps what it was asked, and may drop embeddings or lengthen completions."""
+
+    def __init__(self, policy, *, embeddings=True):
+        self.inner = TransformersSampler(policy)
+        self.embeddings = embeddings
+        self.asked = []
+        self.given = []
+
+    def sample(self, requests):
+        self.asked.append(list(requests))
+        self.given.append(self.inner.sample(requests))
+        if self.embeddings:
+            return self.given[-1]
+        return [Completion(ids=c.ids, logp=c.logp, finished=c.finished) for c in self.given[-1]]
+
+
+@dataclass
+class Answers:
+    """A sampler that is a function."""
+
+    sample: Callable
+
+
+def test_remax_pays_against_the_greedy_completion(policy, tmp_path):
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path, advantage_estimator="remax")
+    trainer.sampler = recorder = Recorder(policy)
+    seen = []
+    pay = trainer.system.rewards
+    trainer.system.rewards = lambda rollouts: seen.append(rollouts) or pay(rollouts)
+    trainer.train()
+    greedy = [r for r in recorder.asked[0] if r.role == "baseline"]
+    assert [(r.group, r.params.temperature) for r in greedy] == [(g, 0.0) for g in range(4)]
+    sampled, baseline = seen
+    assert sampled.requests == baseline.requests
+    assert len(sampled.requests) == 16
+    for place, row in enumerate(baseline.completions):
+        assert row is recorder.given[0][16 + place // 4]
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2], ids=["on-policy", "off-policy"])
+def test_embeddings_a_sampler_does_not_pool_come_from_the_scoring_pass(
+    policy, tmp_path, mini_batches
+):
+    trainer = make_trainer(policy, LikesOneToken(pool=True), tmp_path, mini_batches=mini_batches)
+    trainer.sampler = recorder = Recorder(policy, embeddings=False)
+    seen = []
+    pay = trainer.system.rewards
+    trainer.system.rewards = lambda rollouts: seen.append(rollouts) or pay(rollouts)
+    trainer.train()
+    for ours, pooled in zip(seen[0].completions, recorder.given[0], strict=True):
+        assert ours.embedding is not None
+        torch.testing.assert_close(ours.embedding, pooled.embedding, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_part_that_every_group_cancels_is_told_once(policy, tmp_path, capsys):
+    make_trainer(policy, LikesOneToken(), tmp_path, max_steps=3).train()
+    told = [m for m in messages(tmp_path) if "reward part" in m]
+    assert len(told) == 1
+    assert "reward part 'shared' is the same for all rollouts of each group" in told[0]
+    assert capsys.readouterr().out.count("reward part 'shared'") == 1
+
+
+def test_all_rollouts_truncated_is_counted_and_told_once(policy, tmp_path):
+    policy.model.generation_config.eos_token_id = None
+    system = LikesOneToken(max_completion_length=2)
+    metrics = make_trainer(policy, system, tmp_path, max_steps=2).train()
+    assert metrics["completions/clipped_ratio"] == 1.0
+    assert metrics["completions/mean_length"] == 2.0
+    assert sum("no rollout of the batch ended" in m for m in messages(tmp_path)) == 1
+
+
+class Even(LikesOneToken):
+    """Pays everybody the same."""
+
+    def rewards(self, rollouts):
+        return Rewards(total=torch.ones(len(rollouts.rows("rollout"))))
+
+
+def test_rewards_without_any_difference_move_nothing_and_are_told(policy, tmp_path):
+    before = weights(policy)
+    metrics = make_trainer(policy, Even(), tmp_path).train()
+    assert (metrics["updates_skipped"], metrics["rows_left_out"]) == (1.0, 16.0)
+    assert all(map(torch.equal, before, weights(policy)))
+    assert any("nothing to learn from" in m for m in messages(tmp_path))
+
+
+def test_group_of_size_one_is_refused_before_anything_is_saved(policy, tmp_path):
+    before = weights(policy)
+    with pytest.raises(ValueError, match="every group needs >= 2 rollouts"):
+        make_trainer(policy, LikesOneToken(group_size=1), tmp_path).train()
+    assert all(map(torch.equal, before, weights(policy)))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+class PaysNaN(LikesOneToken):
+    """Rewards row 5 with NaN from step 2 on."""
+
+    def rewards(self, rollouts):
+        rewards = super().rewards(rollouts)
+        if self.step >= 2:
+            rewards.parts["share"][5] = float("nan")
+        return rewards
+
+
+def test_nan_reward_stops_the_run_with_its_samples_and_the_weights_of_before(policy, tmp_path):
+    trainer = make_trainer(policy, PaysNaN(), tmp_path, max_steps=3, save_steps=1)
+    with pytest.raises(RuntimeError, match=r"step 2: reward \(share\) of rollouts .* rows \[5\]"):
+        trainer.train()
+    saved = Policy.from_pretrained(tmp_path / "checkpoint-1")
+    assert all(map(torch.equal, weights(saved), weights(policy)))
+    account = json.loads((tmp_path / "nan_step.json").read_text())
+    assert (account["step"], account["rows"]) == (2, [5])
+    assert len(account["samples"]) == 16
+    assert account["samples"][5]["reward/share"] == "nan"
+    assert account["samples"][4]["reward/share"] != "nan"
+    written = [row for row in read_jsonl(tmp_path / "samples.jsonl") if row["step"] == 2]
+    assert len(written) == 16
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def spoil_hidden_states(policy, *, while_training):
+    """NaN out of the last norm: only in the update, or whenever the model runs."""
+
+    def hook(module, args, out):
+        return out * float("nan") if policy.model.training or not while_training else out
+
+    policy.prove_isolation()
+    policy.model.model.norm.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("while_training", [True, False], ids=["update", "sampling"])
+def test_nan_hidden_states_stop_the_run(policy, tmp_path, while_training):
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path)
+    spoil_hidden_states(policy, while_training=while_training)
+    before = weights(policy)
+    with pytest.raises(RuntimeError, match=r"Trainer: step 1: .*the update was not made"):
+        trainer.train()
+    assert all(map(torch.equal, before, weights(policy)))
+    assert json.loads((tmp_path / "nan_step.json").read_text())["step"] == 1
+
+
+def test_nan_in_a_pooled_embedding_stops_the_run(policy, tmp_path):
+    trainer = make_trainer(policy, LikesOneToken(pool=True), tmp_path)
+    answers = Recorder(policy, embeddings=False).sample(trainer.system.requests(1))
+    trainer.sampler = Answers(lambda requests: answers)
+    policy.prove_isolation()
+    policy.model.model.norm.register_forward_hook(lambda module, args, out: out * float("nan"))
+    with pytest.raises(RuntimeError, match=r"hidden states \(pooled embeddings\) of requests"):
+        trainer.train()
+    assert len(json.loads((tmp_path / "nan_step.json").read_text())["samples"]) == 16
+
+
+class Wrong(LikesOneToken):
+    """Forgets a row."""
+
+    def rewards(self, rollouts):
+        return Rewards(total=torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("system", "settings", "message"),
+    [
+        (Wrong(), {}, r"total must be \[16\], one per rollout row, got \(3,\)"),
+        (LikesOneToken(temperature=0.0), {}, "rollouts need a temperature > 0"),
+        (LikesOneToken(num_groups=0), {}, "there must be rows of role 'rollout'"),
+        (LikesOneToken(), {"mini_batches": 5}, "mini_batches must be at most the number of groups"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(policy, tmp_path, system, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(policy, system, tmp_path, **settings).train()
+
+
+def test_a_sampler_that_loses_a_row_is_refused(policy, tmp_path):
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path)
+    inner = trainer.sampler
+    trainer.sampler = Answers(lambda requests: inner.sample(requests)[:-1])
+    with pytest.raises(ValueError, match="one completion per request, got 15 for 16"):
+        trainer.train()
+
+
+def test_bfloat16_compute_keeps_float32_weights(policy, tmp_path):
+    metrics = make_trainer(policy, LikesOneToken(), tmp_path, bf16=True).train()
+    assert metrics["grad_norm"] > 0
+    assert metrics["sampling/logp_mismatch"] < 0.1
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    assert not any("rounding" in m for m in messages(tmp_path))
+
+
+def test_bfloat16_weights_are_warned_of(make_tiny_model, tmp_path):
+    policy = Policy(make_tiny_model("qwen3").bfloat16())
+    make_trainer(policy, LikesOneToken(), tmp_path).train()
+    assert any("lost in rounding" in m for m in messages(tmp_path))
+
+
+def test_logging_steps_thin_the_samples_but_not_the_metrics(policy, tmp_path, capsys):
+    make_trainer(policy, LikesOneToken(), tmp_path, max_steps=5, logging_steps=2).train()
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")] == [2, 4]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+
+
+def test_a_finished_run_is_not_trained_again(policy, tmp_path):
+    final = make_trainer(policy, LikesOneToken(), tmp_path, max_steps=2).train()
+    done = weights(policy)
+    log = RunLog.create(tmp_path, TrainConfig(max_steps=2), total_steps=2, resume=True)
+    again = Trainer(
+        policy, TransformersSampler(policy), LikesOneToken(), TrainConfig(max_steps=2), log
+    )
+    assert again.train() == final
+    assert all(map(torch.equal, done, weights(policy)))
