@@ -7,7 +7,7 @@ on the row alone: padded equals packed and a row never feels its neighbours, bit
 Padded: row b owns slots [b * splits, (b + 1) * splits).  Packed: row i owns the slots from
 cu[i] // SPLIT_T + i on; the next row begins behind them, as ceil(a) <= floor(b + a) - floor(b) + 1.
 """
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -26,7 +26,10 @@ BLOCK_ROW = 1024  # columns at once where a program owns a whole row
 
 
 @triton.jit
-def _slot_range(slot, cu_ptr, t, rows, splits, PACKED: tl.constexpr, SPLIT_T: tl.constexpr):
+def _slot_range(
+    slot, cu_ptr, t, rows, splits,
+    PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, SPLIT_T: tl.constexpr,
+):  # fmt: skip
     """Row of a slot, its first token inside the row (packed: in x), and how many tokens it holds.
 
     t is the padded length, or the number of packed tokens.  Row `rows` of a packed batch is what
@@ -35,7 +38,8 @@ def _slot_range(slot, cu_ptr, t, rows, splits, PACKED: tl.constexpr, SPLIT_T: tl
     if PACKED:
         low = slot * 0  # the largest row <= rows whose first slot is <= slot
         high = low + rows + 1
-        while low + 1 < high:
+        # unrolled: behind a loop over loads, Triton 3.9 loads x one element at a time
+        for _ in tl.static_range(SEARCH_STEPS):
             middle = (low + high) // 2
             first_slot = tl.load(cu_ptr + middle).to(tl.int64) // SPLIT_T + middle
             low = tl.where(first_slot <= slot, middle, low)
@@ -56,13 +60,13 @@ def _slot_range(slot, cu_ptr, t, rows, splits, PACKED: tl.constexpr, SPLIT_T: tl
 def _masked_mean_partial(
     x_ptr, mask_ptr, cu_ptr, partial_ptr, count_ptr,
     t, hidden, rows, splits, stride_xb, stride_xt, stride_xh,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr,
+    PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr,
     SPLIT_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
-    row, first, length = _slot_range(slot, cu_ptr, t, rows, splits, PACKED, SPLIT_T)
+    row, first, length = _slot_range(slot, cu_ptr, t, rows, splits, PACKED, SEARCH_STEPS, SPLIT_T)
     offs = tl.arange(0, SPLIT_T)
-    length = tl.where(row < rows, length, 0)
+    length = tl.where(row < rows, length, 0)  # tokens of no row are not read
     keep = offs < length
     if PACKED:
         x_ptr += first * stride_xt
@@ -184,11 +188,11 @@ def _masked_mean_row_grad(
 @triton.jit
 def _masked_mean_scatter(
     grad_ptr, mask_ptr, cu_ptr, dx_ptr, t, hidden, rows, splits,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, HAS_MASK: tl.constexpr,
     SPLIT_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
-    row, first, length = _slot_range(slot, cu_ptr, t, rows, splits, PACKED, SPLIT_T)
+    row, first, length = _slot_range(slot, cu_ptr, t, rows, splits, PACKED, SEARCH_STEPS, SPLIT_T)
     if not PACKED:
         first += row * t
     mask_ptr += first
@@ -223,6 +227,11 @@ def _cut(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int, int, i
     return shape[1], shape[0], splits, shape[0] * splits
 
 
+def _search_steps(rows: int) -> int:
+    """Halvings that find one of rows + 1 entries, rounded up so that few variants are compiled."""
+    return triton.cdiv(rows.bit_length(), 4) * 4
+
+
 def _pointers(
     cu_seqlens: Tensor | None, mask: Tensor | None, unused: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -253,7 +262,7 @@ def forward(
         if slots * columns:
             _masked_mean_partial[(slots, columns)](
                 x, keep, cu, partial, slot_count, t, hidden, rows, splits, *strides,
-                PACKED=packed, HAS_MASK=mask is not None, ACC=acc,
+                PACKED=packed, SEARCH_STEPS=_search_steps(rows), HAS_MASK=mask is not None, ACC=acc,
                 SPLIT_T=SPLIT_T, BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H,
             )  # fmt: skip
         if rows * columns:
@@ -294,7 +303,8 @@ def backward(
         if slots * columns:
             _masked_mean_scatter[(slots, columns)](
                 grad, keep, cu, dx, t, hidden, rows, splits,
-                PACKED=cu_seqlens is not None, HAS_MASK=mask is not None,
+                PACKED=cu_seqlens is not None, SEARCH_STEPS=_search_steps(rows),
+                HAS_MASK=mask is not None,
                 SPLIT_T=SPLIT_T, BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H,
             )  # fmt: skip
     return dx

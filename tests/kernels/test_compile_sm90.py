@@ -16,8 +16,9 @@ import pytest
 
 ACC = "tl.float32"  # strings that begin with "tl." are looked up in triton.language
 MEAN = "_masked_mean_triton"
+REWARD = "_contrastive_reward_triton"
 SLOT = {"SPLIT_T": 256, "BLOCK_T": 16, "BLOCK_H": 256}
-STRIDES = {"stride_xb": "i64", "stride_xt": "i64", "stride_xh": "i64"}
+STRIDES = {"stride_xb": "i64", "stride_xt": "i64"}
 
 
 class Kernel(NamedTuple):
@@ -27,6 +28,7 @@ class Kernel(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int = 4
     wide: bool = False  # no product of 32-bit integers: every offset is 64-bit
+    aligned: tuple[str, ...] = ()  # multiples of 16; then no load of a 16-bit type may be scalar
 
     def __str__(self) -> str:
         kinds = [str(v) for v in self.types.values() if v.startswith("*")]
@@ -37,13 +39,19 @@ class Kernel(NamedTuple):
 def _mean_kernels(dtype: str, packed: bool) -> list[Kernel]:
     cu = {"cu_ptr": "*i32"}
     slot = {**cu, "mask_ptr": "*u8"}
-    layout = {"PACKED": packed, "HAS_MASK": True}
+    layout = {"PACKED": packed, "SEARCH_STEPS": 8, "HAS_MASK": True}
     partial = {"x_ptr": dtype, **slot, "partial_ptr": "*fp32", "count_ptr": "*i32"}
     combine = {"partial_ptr": "*fp32", "slot_count_ptr": "*i32", **cu}
     combine |= {"mean_ptr": "*fp32", "count_ptr": "*i32"}
     scatter = {"dx_ptr": dtype, "grad_ptr": "*fp32", **slot}
     return [
-        Kernel(MEAN, "_masked_mean_partial", partial | STRIDES, layout | {"ACC": ACC} | SLOT),
+        Kernel(
+            MEAN,
+            "_masked_mean_partial",
+            partial | STRIDES,
+            layout | {"ACC": ACC, "stride_xh": 1} | SLOT,
+            aligned=("hidden", "stride_xb", "stride_xt"),
+        ),
         Kernel(
             MEAN,
             "_masked_mean_combine",
@@ -78,8 +86,50 @@ MEAN_KERNELS = [
         *_mean_row_kernels(normalize=False),
     ]
 ]
+
+
+def _reward_kernels(dtype: str, lse: bool, document: bool, ids: bool) -> list[Kernel]:
+    weights = dict.fromkeys(("negative_weight", "consistency_weight", "hard_weight"), "fp32")
+    parts = dict.fromkeys(("positive_ptr", "negative_ptr", "consistency_ptr"), "*fp32")
+    embeddings = {"d_ptr": dtype, "q_ptr": dtype, "n_ptr": dtype}
+    norms = {"inv_d_ptr": "*fp32", "inv_q_ptr": "*fp32", "temperature": "fp32"}
+    shares = dict.fromkeys(("sum_ptr", "max_ptr", "count_ptr"), "*fp32")
+    sides = {"row_ptr": dtype, "col_ptr": dtype, "temperature": "fp32"} | shares
+    sides |= {"inv_row_ptr": "*fp32", "inv_col_ptr": "*fp32"} | ({"id_ptr": "*i64"} if ids else {})
+    block_h = 32 if dtype == "*fp32" else 64
+    tile = {"BLOCK_R": 64, "BLOCK_J": 64, "BLOCK_L": 1, "BLOCK_H": block_h, "UPCAST": False}
+    tile |= {} if document else {"BLOCK_J": 8, "BLOCK_L": 8}
+    finish = {"total_ptr": "*fp32", "hard_ptr": "*fp32", "temperature": "fp32"}
+    finish |= shares | parts | weights
+    return [
+        Kernel(
+            REWARD,
+            "_group_fwd",
+            embeddings | parts | norms,
+            {"DOCUMENT": document, "LSE": lse, "EPS": 1e-12, "BLOCK_G": 8, "BLOCK_H": 1024},
+            wide=True,
+        ),
+        Kernel(
+            REWARD,
+            "_cross_fwd",
+            sides,
+            {"LSE": lse, "HAS_IDS": ids} | tile | ({} if ids else {"id_ptr": None}),
+            num_warps=8,
+            wide=True,
+        ),
+        Kernel(REWARD, "_finish_fwd", finish, {"LSE": lse, "BLOCK": 256}, wide=True),
+    ]
+
+
+REWARD_KERNELS = [
+    *_reward_kernels("*fp32", lse=False, document=False, ids=False),
+    *_reward_kernels("*bf16", lse=False, document=True, ids=True),
+    *_reward_kernels("*bf16", lse=True, document=True, ids=False),
+    *_reward_kernels("*fp16", lse=True, document=False, ids=True),
+]
 KERNELS: list[Kernel] = [
     *MEAN_KERNELS,
+    *REWARD_KERNELS,
 ]
 
 
@@ -100,12 +150,22 @@ def _compile(kernel: Kernel) -> dict[str, Any]:
         name: "constexpr" if name in constexprs else kernel.types.get(name, "i32")
         for name in fn.arg_names
     }
-    source = triton.compiler.ASTSource(fn=fn, signature=signature, constexprs=constexprs)
+    multiples = [name.endswith("_ptr") or name in kernel.aligned for name in fn.arg_names]
+    attrs = {
+        (i,): [["tt.divisibility", 16]] for i, is_multiple in enumerate(multiples) if is_multiple
+    }
+    source = triton.compiler.ASTSource(
+        fn=fn, signature=signature, constexprs=constexprs, attrs=attrs if kernel.aligned else None
+    )
     options = {"num_warps": kernel.num_warps}
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     products = [line.strip() for line in binary.asm["ttir"].splitlines() if "arith.muli" in line]
     narrow = [line for line in products if "i32" in line.rpartition(" : ")[2]]
-    return {"cubin_bytes": len(binary.asm["cubin"]), "narrow_products": narrow}
+    return {
+        "cubin_bytes": len(binary.asm["cubin"]),
+        "narrow_products": narrow,
+        "scalar_loads": binary.asm["ptx"].count("ld.global.b16"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +185,8 @@ def test_compiles_for_hopper(index, compiled):
     assert result["cubin_bytes"] > 1000
     if KERNELS[index].wide:
         assert result["narrow_products"] == []
+    if KERNELS[index].aligned:
+        assert result["scalar_loads"] == 0
 
 
 if __name__ == "__main__":
