@@ -9,7 +9,7 @@ Rows and columns of step 2 are queries and rollouts (query side) or rollouts and
 side).  Bytes moved: the embeddings, once per step and tile of the other side; workspace: one
 inverse norm per embedding and 3 * MAX_SHARES numbers per row.
 """
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
 import triton
@@ -103,9 +103,9 @@ def _group_fwd(
 
 @triton.jit
 def _cross_fwd(
-    row_ptr, col_ptr, inv_row_ptr, inv_col_ptr, id_ptr, share_ptr,
+    row_ptr, col_ptr, inv_row_ptr, inv_col_ptr, id_ptr, sum_ptr, max_ptr, count_ptr,
     stride_rb, stride_rg, stride_rh, stride_cb, stride_cg, stride_ch,
-    B, ROW_G, COL_G, H, num_rows, plane, tiles_per_share, num_shares, temperature,
+    B, ROW_G, COL_G, H, num_rows, tiles_per_share, num_shares, temperature,
     LSE: tl.constexpr, HAS_IDS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -166,22 +166,22 @@ def _cross_fwd(
             best = tl.where(best == float("inf"), float("nan"), best)
             total += tl.sum(tl.where(other, best, 0.0), axis=1)
             count += tl.sum(other.to(tl.float32), axis=1)
-    share_ptr += share.to(tl.int64) * num_rows + rows
-    tl.store(share_ptr, total, mask=row_kept)
-    tl.store(share_ptr + plane, m, mask=row_kept)
-    tl.store(share_ptr + 2 * plane, count, mask=row_kept)
+    offs = share.to(tl.int64) * num_rows + rows
+    tl.store(sum_ptr + offs, total, mask=row_kept)
+    tl.store(max_ptr + offs, m, mask=row_kept)
+    tl.store(count_ptr + offs, count, mask=row_kept)
 
 
 @triton.jit
 def _finish_fwd(
-    total_ptr, positive_ptr, negative_ptr, consistency_ptr, hard_ptr, share_ptr,
-    num_rewards, REWARDS_PER_ROW, num_rows, plane, num_shares, M,
+    total_ptr, positive_ptr, negative_ptr, consistency_ptr, hard_ptr,
+    sum_ptr, max_ptr, count_ptr, num_rewards, REWARDS_PER_ROW, num_rows, num_shares, M,
     temperature, negative_weight, consistency_weight, hard_weight,
     LSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = offs < num_rewards
-    share_ptr += offs // REWARDS_PER_ROW
+    row = offs // REWARDS_PER_ROW
     positive = tl.load(positive_ptr + offs, mask=kept, other=0.0)
     negative = tl.load(negative_ptr + offs, mask=kept, other=0.0)
     consistency = tl.load(consistency_ptr + offs, mask=kept, other=0.0)
@@ -193,16 +193,16 @@ def _finish_fwd(
         m = tl.maximum(m, negative)  # the negatives' own log-sum-exp
         total = tl.exp(positive / temperature - m) + tl.exp(negative - m)
     for share in range(num_shares):
-        at = share_ptr + tl.cast(share, tl.int64) * num_rows
-        part = tl.load(at, mask=kept, other=0.0)
+        at = tl.cast(share, tl.int64) * num_rows + row
+        part = tl.load(sum_ptr + at, mask=kept, other=0.0)
         if LSE:
-            part_m = tl.load(at + plane, mask=kept, other=float("-inf"))
+            part_m = tl.load(max_ptr + at, mask=kept, other=float("-inf"))
             m_new = tl.maximum(m, part_m)
             total = total * tl.exp(m - m_new) + part * tl.exp(part_m - m_new)
             m = m_new
         else:
             total += part
-        count += tl.load(at + 2 * plane, mask=kept, other=0.0)
+        count += tl.load(count_ptr + at, mask=kept, other=0.0)
     if LSE:
         hard = temperature * (tl.log(1.0 + M + count) - (m + tl.log(total)))
         negative = tl.zeros((BLOCK,), tl.float32)
@@ -262,12 +262,12 @@ def forward(
     block_l = min(triton.next_power_of_2(col[3]), BLOCK_C)
     block_j = BLOCK_C // block_l
     tiles_per_share, num_shares = _shares(num_groups, num_rows, block_j)
-    share = rollouts.new_empty((3, num_shares, num_rows), dtype=torch.float32)
+    shares = rollouts.new_empty((3, num_shares, num_rows), dtype=torch.float32).unbind()
     _cross_fwd[(triton.cdiv(num_rows, BLOCK_R) * num_shares,)](
-        row[0], col[0], row[2], col[2], group_ids, share, *row[1], *col[1],
+        row[0], col[0], row[2], col[2], group_ids, *shares, *row[1], *col[1],
         B=num_groups, ROW_G=row[3], COL_G=col[3], H=hidden,
-        num_rows=num_rows, plane=num_rows * num_shares,
-        tiles_per_share=tiles_per_share, num_shares=num_shares, temperature=temperature,
+        num_rows=num_rows, tiles_per_share=tiles_per_share, num_shares=num_shares,
+        temperature=temperature,
         LSE=lse, HAS_IDS=group_ids is not None, UPCAST=interpreting(),
         BLOCK_R=BLOCK_R, BLOCK_J=block_j, BLOCK_L=block_l,
         BLOCK_H=32 if rollouts.dtype == torch.float32 else 64, num_warps=8,
@@ -276,10 +276,11 @@ def forward(
     negative_weight, consistency_weight, hard_weight = weights
     num_rewards = num_groups * num_rollouts
     _finish_fwd[(triton.cdiv(num_rewards, BLOCK_FINISH),)](
-        total, positive, negative, consistency, hard, share,
-        num_rewards, num_rewards // num_rows, num_rows, num_rows * num_shares, num_shares,
-        num_negatives,
-        temperature, negative_weight, consistency_weight, hard_weight,
+        total, positive, negative, consistency, hard, *shares,
+        num_rewards=num_rewards, REWARDS_PER_ROW=num_rewards // num_rows, num_rows=num_rows,
+        num_shares=num_shares, M=num_negatives, temperature=temperature,
+        negative_weight=negative_weight, consistency_weight=consistency_weight,
+        hard_weight=hard_weight,
         LSE=lse, BLOCK=BLOCK_FINISH,
     )  # fmt: skip
     return total, positive, negative, consistency, hard
