@@ -157,7 +157,9 @@ class PromptBuilder:
     def _encode_text(self, text: str) -> list[int]:
         """Tokens of the text; a control token spelled in it is cut after its first character.
 
-        `split_special_tokens` would leave added tokens that are not marked special, as `<think>`.
+        The cut also serves added tokens that are not marked special (`<think>`), which
+        split_special_tokens leaves alone; that serves a special token that only the tokenizer's
+        normaliser spells (`<|IM_END|>`).
         """
         pieces, start = [], 0
         while match := self._control.search(text, start):

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from tokenizers import AddedToken, normalizers
 
 from tercet.engine.grace.prompts import SYSTEM_PROMPT, PromptBuilder, build_prompt
 
@@ -121,6 +122,17 @@ def test_a_control_token_in_the_text_stays_text(tokenizer, family, text):
     assert not set(inner) & set(tokenizer.get_added_vocab().values())
     assert tokenizer.decode(inner) == text
     assert prompt.ids[-header:] == plain.ids[-header:]
+
+
+def test_a_control_token_that_only_the_normalizer_spells_stays_text(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|stop|>", normalized=True, special=True)]}
+    )
+    stop = tokenizer.convert_tokens_to_ids("<|stop|>")
+    assert stop in tokenizer.encode("a <|STOP|> b", add_special_tokens=False)
+    assert stop not in build_prompt(tokenizer, "a <|STOP|> b").ids
 
 
 def test_over_long_text_is_cut_at_its_end(tokenizer, family):
