@@ -98,6 +98,7 @@ def _reward_kernels(dtype: str, lse: bool, document: bool, ids: bool) -> list[Ke
     sides |= {"inv_row_ptr": "*fp32", "inv_col_ptr": "*fp32"} | ({"id_ptr": "*i64"} if ids else {})
     block_h = 32 if dtype == "*fp32" else 64
     tile = {"BLOCK_R": 64, "BLOCK_J": 64, "BLOCK_L": 1, "BLOCK_H": block_h, "UPCAST": False}
+    tile |= {"stride_rh": 1, "stride_ch": 1}
     tile |= {} if document else {"BLOCK_J": 8, "BLOCK_L": 8}
     finish = {"total_ptr": "*fp32", "hard_ptr": "*fp32", "temperature": "fp32"}
     finish |= shares | parts | weights
@@ -106,8 +107,10 @@ def _reward_kernels(dtype: str, lse: bool, document: bool, ids: bool) -> list[Ke
             REWARD,
             "_group_fwd",
             embeddings | parts | norms,
-            {"DOCUMENT": document, "LSE": lse, "EPS": 1e-12, "BLOCK_G": 8, "BLOCK_H": 1024},
+            {"DOCUMENT": document, "LSE": lse, "EPS": 1e-12, "BLOCK_G": 8, "BLOCK_H": 1024}
+            | {"stride_dh": 1, "stride_qh": 1, "stride_nh": 1},
             wide=True,
+            aligned=("H", "stride_db", "stride_dg", "stride_qb", "stride_nb", "stride_nm"),
         ),
         Kernel(
             REWARD,
@@ -116,6 +119,7 @@ def _reward_kernels(dtype: str, lse: bool, document: bool, ids: bool) -> list[Ke
             {"LSE": lse, "HAS_IDS": ids} | tile | ({} if ids else {"id_ptr": None}),
             num_warps=8,
             wide=True,
+            aligned=("H", "stride_rb", "stride_rg", "stride_cb", "stride_cg"),
         ),
         Kernel(REWARD, "_finish_fwd", finish, {"LSE": lse, "BLOCK": 256}, wide=True),
     ]
