@@ -57,7 +57,7 @@ def run_evidence(
 def markdown(found: Sequence[DemoResults]) -> str:
     """Mean over the seeds of every measure, lowest and highest behind it."""
     lines = [
-        "| model | " + " | ".join(COLUMNS.values()) + " |",
+        f"| model | {' | '.join(title.replace(chr(10), ' ') for title in COLUMNS.values())} |",
         "|---|" + "---|" * len(COLUMNS),
     ]
     for reading in found[0].readings:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from tercet.engine.config import load_config, to_yaml
 from tercet.engine.demo.config import GraceDemoConfig, PretrainConfig
@@ -210,13 +211,14 @@ def run_demo(config: GraceDemoConfig, *, console: Console | None = None) -> Demo
     results = demo.folder / "results.json"
     _claim(demo.folder, config)
     if not results.exists():
-        with one_thread():
+        with one_thread(), _no_progress_bars():
             found = _run_stages(demo, console)
         replace_text(results, json.dumps(asdict(found), indent=2) + "\n")
     else:
         console.print(
-            f"{demo.folder} holds this demo, finished; showing it again "
-            "(--output-dir NEW makes another)"
+            f"{demo.folder} holds this demo, finished: showing it again "
+            "(--output-dir NEW makes another)",
+            soft_wrap=True,
         )
     found = read_results(results)
     show_results(found, console)
@@ -230,13 +232,13 @@ def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
     with watch.stage("pretrain"):
         base = demo.make_base()
     paths = {"base": demo.folder / "base", "base_reasoning": demo.folder / "base"}
-    console.rule("2  GRACE with the paper's reward: watch the distinct rationales")
+    console.rule("2  GRACE, the paper's reward: watch eval/distinct_share")
     with watch.stage("paper"):
         paths["paper"] = demo.train_grace("paper")
-    console.rule("3  GRACE with the repaired reward (document side)")
+    console.rule("3  GRACE, the repaired reward: the document itself is pushed away from others")
     with watch.stage("document"):
         paths["document"] = demo.train_grace("document")
-    console.rule("4  The InfoNCE baseline: no rationale, gradient through the embedding")
+    console.rule("4  InfoNCE: no rationale, gradient through the embedding")
     with watch.stage("infonce"):
         paths["infonce"] = demo.train_infonce()
     console.rule("5  Held-out texts")
@@ -266,6 +268,18 @@ def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
         seconds={**watch.seconds, "total": sum(watch.seconds.values())},
         environment=environment(),
     )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keeps transformers from drawing one for each of the demo's small files."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _claim(folder: Path, config: GraceDemoConfig) -> None:

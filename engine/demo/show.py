@@ -1,50 +1,58 @@
-"""The demo's tables on a terminal."""
+"""The demo's tables on a terminal; they fit into 80 columns."""
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tercet.engine.demo.results import DemoResults, Reading
 
 LABELS = {
-    "base": "base model, no rationale",
+    "base": "base, no rationale",
     "base_reasoning": "base + reasoning",
-    "paper": "GRACE, paper's reward",
-    "document": "GRACE, repaired reward",
+    "paper": "GRACE, paper form",
+    "document": "GRACE, repaired form",
     "infonce": "InfoNCE, no rationale",
 }
 COLUMNS = {
     "recall_at_1": "recall@1",
-    "recall_at_1_greedy": "recall@1 greedy",
-    "names_topic": "names topic",
-    "distinct": "distinct rationales",
-    "mean_cosine": "mean cosine",
-    "truncated": "truncated",
+    "recall_at_1_greedy": "greedy",
+    "names_topic": "names\ntopic",
+    "distinct": "distinct",
+    "mean_cosine": "mean\ncosine",
+    "truncated": "cut\noff",
 }
+LEGEND = """\
+recall@1     queries whose best document is of their topic
+greedy       the same with greedy rationales; all else samples at temperature 1
+names topic  rationales that name the right topic and no other
+distinct     different rationales / rationales; one sentence for all: 0.003
+mean cosine  of two different documents; 1: the vectors say nothing
+cut off      rationales that ran out of their token budget"""
 
 
 def show_results(results: DemoResults, console: Console) -> None:
     """Prints the measures, the rationales before and after, and where everything lies."""
     console.print(measures(results.readings))
-    console.print(
-        "recall@1: queries whose best document is of their topic, rationales sampled at "
-        "temperature 1 (greedy: at 0).  names topic: the right one and no other.  mean cosine: of "
-        "two documents.  Recall alone hides a collapse: look at distinct rationales too.",
-        style="dim",
-    )
-    console.print(rationales(results))
-    total = results.seconds.get("total", 0.0)
-    console.print(f"took {total:.0f} s; runs, checkpoints and results.json: {results.folder}")
+    console.print(LEGEND, style="dim", soft_wrap=True)
+    console.print()
+    for line in rationales(results):
+        console.print(line, soft_wrap=True)
+    total = results.seconds["total"]
+    console.print(f"{total:.0f} s; runs, checkpoints and results.json: {results.folder}")
     console.print(f"curves and samples: {results.folder}/report.html", soft_wrap=True)
 
 
 def measures(readings: list[Reading]) -> Table:
     """One row per model."""
-    table = Table(title="Held-out texts: 200 queries, 200 documents, 40 topics")
-    table.add_column("")
+    table = Table(
+        title="200 held-out queries and 200 documents, 40 topics", box=box.SIMPLE, pad_edge=False
+    )
+    table.add_column("", no_wrap=True)
     for title in COLUMNS.values():
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for reading in readings:
         cells = [_cell(getattr(reading, name)) for name in COLUMNS]
         style = "bold" if reading.model == "document" else None
@@ -52,21 +60,18 @@ def measures(readings: list[Reading]) -> Table:
     return table
 
 
-def rationales(results: DemoResults) -> Table:
-    """What the models write about a few held-out texts."""
-    table = Table(title="What the models write about held-out texts", show_lines=True)
-    table.add_column("text")
-    table.add_column("model")
-    table.add_column("rationale")
+def rationales(results: DemoResults) -> list[str]:
+    """What the models write about a few held-out texts, line by line."""
+    lines = ["What they write about held-out texts:"]
     for sample in results.samples:
-        written = {"base": sample.base, "paper": sample.paper, "document": sample.document}
-        labels = {"base": "base", "paper": "paper's", "document": "repaired"}
-        table.add_row(
-            f"{sample.text}\n[dim]({sample.topic})[/dim]",
-            "\n".join(labels.values()),
-            "\n".join(written.values()),
-        )
-    return table
+        lines += [
+            "",
+            f'  [bold]"{escape(sample.text)}"[/bold]  ({sample.topic})',
+            f"    before    {escape(sample.base)}",
+            f"    paper     {escape(sample.paper)}",
+            f"    repaired  {escape(sample.document)}",
+        ]
+    return [*lines, ""]
 
 
 def _cell(value: float | None) -> str:

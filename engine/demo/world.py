@@ -59,8 +59,8 @@ _VAGUE = (
     "something or other",
     "many things",
     "daily life",
-    "nothing in particular",
-    "life in general",
+    "nothing much",
+    "whatever comes along",
 )
 
 

@@ -1,0 +1,176 @@
+"""The GRACE demo: files, figures, going on after a stop, and (slow) that it learns."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tercet.engine.config import read_yaml
+from tercet.engine.demo.config import GraceDemoConfig, PretrainConfig
+from tercet.engine.demo.evidence import markdown, run_evidence
+from tercet.engine.demo.grace import run_demo
+from tercet.engine.demo.results import read_results
+from tercet.engine.demo.world import World
+from tercet.engine.grace.config import GraceConfig
+
+MODELS = ["base", "base_reasoning", "paper", "document", "infonce"]
+
+
+def smoke(folder) -> GraceDemoConfig:
+    return GraceDemoConfig(
+        output_dir=str(folder),
+        max_steps=2,
+        groups_per_step=4,
+        num_generations=2,
+        logging_steps=1,
+        eval_repeats=1,
+        pretrain=PretrainConfig(accuracy=0.02, noisy_steps=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny demo, run once: its config, what it printed, its results."""
+    config = smoke(tmp_path_factory.mktemp("runs") / "seed-0")
+    out = io.StringIO()
+    results = run_demo(config, console=Console(file=out, width=80))
+    return config, out.getvalue(), results
+
+
+def test_folder_holds_runs_results_and_report(finished):
+    config, _, results = finished
+    folder = Path(config.output_dir)
+    for form in ("paper", "document"):
+        settings = read_yaml(folder / form / "config.yaml", GraceConfig)
+        assert settings.reward.form == form
+        assert (folder / form / "checkpoint-2" / "model.safetensors").exists()
+        assert len((folder / form / "metrics.jsonl").read_text().splitlines()) == 3  # 0, 1, 2
+    assert (folder / "infonce" / "checkpoint-2" / "model.safetensors").exists()
+    assert (folder / "base" / "tokenizer.json").exists()
+    assert "paper" in (folder / "report.html").read_text()
+    assert read_results(folder / "results.json") == results
+    assert set(results.seconds) == {
+        "pretrain", "paper", "document", "infonce", "evaluate", "report", "total"
+    }  # fmt: skip
+
+
+def test_every_model_is_measured(finished):
+    _, _, results = finished
+    assert [reading.model for reading in results.readings] == MODELS
+    for reading in results.readings:
+        assert 0 <= reading.recall_at_1 <= 1
+        assert -1 <= reading.mean_cosine <= 1
+        written = [reading.names_topic, reading.distinct, reading.truncated]
+        if reading.model in ("base", "infonce"):
+            assert written == [None] * 3
+            assert reading.recall_at_1_greedy is None
+        else:
+            assert all(value is not None and 0 <= value <= 1 for value in written)
+    world = World(seed=0)
+    for sample in results.samples:
+        assert sample.text in [t.text for t in world.held_out()]
+        assert sample.base
+        assert sample.document
+
+
+def test_the_tables_fit_80_columns_and_name_the_folder(finished):
+    config, printed, _ = finished
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if "200 held-out queries" in line)
+    table = lines[start : start + 12]
+    assert all(len(line) <= 80 for line in table)
+    for label in ("base + reasoning", "GRACE, paper form", "GRACE, repaired form", "InfoNCE"):
+        assert sum(label in line for line in table) == 1
+    assert f"{config.output_dir}/report.html" in lines[-1]
+
+
+def test_a_finished_demo_is_shown_again_and_not_run(finished):
+    config, _, results = finished
+    out = io.StringIO()
+    assert run_demo(config, console=Console(file=out, width=80)) == results
+    assert "showing it again" in out.getvalue()
+    assert "topic named right" not in out.getvalue()
+
+
+def test_a_folder_with_another_demo_is_refused(finished, tmp_path):
+    config, _, _ = finished
+    with pytest.raises(FileExistsError, match="got one with other settings"):
+        run_demo(replace(config, max_steps=3))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="got other files"):
+        run_demo(smoke(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_stopped_demo_goes_on_and_ends_the_same(finished, tmp_path):
+    config, _, whole = finished
+    mine = replace(config, output_dir=str(tmp_path / "demo"))
+
+    class Interrupted(io.StringIO):
+        """A terminal at which somebody presses Ctrl-C when the fourth stage begins."""
+
+        def write(self, text: str) -> int:
+            if "4  InfoNCE" in text:
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    console = Console(file=Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(mine, console=console)
+    base = tmp_path / "demo" / "base" / "model.safetensors"
+    written = base.stat().st_mtime_ns
+    out = io.StringIO()
+    results = run_demo(mine, console=Console(file=out))
+    assert base.stat().st_mtime_ns == written
+    assert "topic named right" not in out.getvalue()
+    assert results.readings == whole.readings  # seeded: two folders, the same figures
+    assert results.samples == whole.samples
+
+
+def test_evidence_keeps_lines_per_seed_and_model(finished, tmp_path):
+    config, _, _ = finished
+    runs = Path(config.output_dir).parent  # seed-0 is already there, and is shown again
+    mine = replace(config, output_dir=str(runs))
+    path = tmp_path / "bench" / "demo.jsonl"
+    console = Console(file=io.StringIO())
+    table = run_evidence(mine, seeds=(0,), results=path, console=console)
+    run_evidence(mine, seeds=(0,), results=path, console=console)  # replaces its own lines
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["side"] for line in lines] == MODELS
+    assert {line["case"] for line in lines} == {"seed 0"}
+    assert all(line["machine"] and line["versions"]["torch"] for line in lines)
+    assert (runs / "evidence.md").read_text() == table + "\n"
+    with pytest.raises(ValueError, match="at least one seed, got none"):
+        run_evidence(mine, seeds=(), results=path)
+
+
+def test_markdown_gives_mean_and_range(finished):
+    _, _, results = finished
+    readings = [replace(r, recall_at_1=r.recall_at_1 + 0.25) for r in results.readings]
+    other = replace(results, seed=1, readings=readings)
+    low = results.reading("document").recall_at_1
+    row = next(line for line in markdown([results, other]).splitlines() if "repaired" in line)
+    assert f"{low + 0.125:.3f} ({low:.3f}-{low + 0.25:.3f})" in row
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="max_steps must be >= 1, got 0"):
+        GraceDemoConfig(max_steps=0)
+
+
+@pytest.mark.slow
+def test_repaired_form_learns_and_paper_form_collapses(tmp_path):
+    """Lowest and highest seen over seeds 0, 1, 2 at 100 steps stand in docs/grace.md."""
+    config = GraceDemoConfig(output_dir=str(tmp_path / "demo"), max_steps=40, eval_repeats=1)
+    results = run_demo(config, console=Console(file=io.StringIO()))
+    base, paper = results.reading("base_reasoning"), results.reading("paper")
+    repaired = results.reading("document")
+    assert repaired.recall_at_1 > base.recall_at_1 + 0.3
+    assert repaired.names_topic > 0.5 > 0.35 > base.names_topic
+    assert repaired.distinct > 0.6
+    assert paper.distinct < 0.3
+    assert paper.names_topic < 0.1
+    assert results.pretrain_accuracy >= 0.85
