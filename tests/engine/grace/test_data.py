@@ -94,6 +94,12 @@ def test_remove_and_blank_rows_are_counted(dataset):
     assert found.notes[0].endswith("rows.jsonl:2")
 
 
+def test_blank_negatives_are_none(dataset):
+    row = {"query": "q", "positive": "d", "negative": [" ", "n", "<<x>>"]}
+    found = dataset([row], remove="<.*>")
+    assert found.train[0].negatives == ("n",)
+
+
 def test_split_is_shuffled_seeded_and_loses_nothing(dataset):
     rows = [{"text": str(i)} for i in range(100)]
     settings = {"mode": "unsupervised", "test_fraction": 0.25}
