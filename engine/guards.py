@@ -38,12 +38,18 @@ def check_requests(requests: Sequence[Request]) -> None:
 
 
 def check_completions(rollouts: Rollouts) -> None:
-    """Raises NonFiniteError for log-probs, ValueError for a count that is not the requests'."""
+    """Raises NonFiniteError for log-probs, ValueError for counts that do not belong together."""
     if len(rollouts.completions) != len(rollouts.requests):
         raise ValueError(
             "Sampler: there must be one completion per request, got "
             f"{len(rollouts.completions)} for {len(rollouts.requests)}"
         )
+    for i, completion in enumerate(rollouts.completions):
+        if not len(completion.ids) == len(completion.logp) >= 1:
+            raise ValueError(
+                "Sampler: a completion must have at least one token and a log-prob for each, "
+                f"got {len(completion.ids)} tokens and {len(completion.logp)} log-probs in row {i}"
+            )
     bad = [
         i
         for i, completion in enumerate(rollouts.completions)

@@ -53,9 +53,10 @@ def test_grace_golden_advantages():
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "dapo"])
 def test_a_shared_constant_is_cancelled_exactly(estimator):
-    rewards = torch.tensor([0.1, 0.1, 0.1, 1e6 / 3, 1e6 / 3, 1e6 / 3])
-    out = advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1]), estimator=estimator)
-    assert out.tolist() == [0.0] * 6
+    rewards = torch.tensor([0.1] * 7 + [1e6 / 3] * 7)
+    assert rewards[:7].sum() / 7 != rewards[0]  # in float32 it would not be
+    out = advantages(rewards, torch.tensor([0] * 7 + [1] * 7), estimator=estimator)
+    assert out.tolist() == [0.0] * 14
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "dapo"])
@@ -122,6 +123,8 @@ def test_dead_parts_allows_rounding_but_not_a_single_live_group():
     live = torch.tensor([1.0, 1.0, 3.0, 3.1])
     assert dead_parts({"noise": noise, "live": live}, groups) == ["noise"]
     assert dead_parts({"noise": noise}, groups, tol=1e-8) == []
+    large, small = 1e4 * noise, 1e-6 * live  # the tolerance is relative to the part itself
+    assert dead_parts({"large": large, "small": small}, groups) == ["large"]
 
 
 def test_a_part_that_pays_nothing_is_not_dead():

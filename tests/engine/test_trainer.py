@@ -3,7 +3,7 @@
 import json
 import runpy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,7 @@ def test_a_policy_learns_what_is_rewarded(policy, tmp_path):
     final = make_trainer(policy, system, tmp_path, max_steps=15, mini_batches=2).train()
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 16))
+    assert not policy.model.training
     assert rows[0]["reward/share"] < 0.05
     assert final["reward/share"] > 0.9
     assert final == {key: value for key, value in rows[-1].items() if key != "step"}
@@ -271,11 +272,29 @@ def test_what_cannot_be_trained_is_refused(policy, tmp_path, system, settings, m
         make_trainer(policy, system, tmp_path, **settings).train()
 
 
-def test_a_sampler_that_loses_a_row_is_refused(policy, tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: rows[:-1], "one completion per request, got 15 for 16"),
+        (lambda rows: [replace(rows[0], ids=[], logp=[]), *rows[1:]], "got 0 tokens and 0 log"),
+        (lambda rows: [replace(rows[0], logp=[-1.0]), *rows[1:]], r"got 6 tokens and 1 log-probs"),
+    ],
+)
+def test_a_sampler_that_breaks_its_promise_is_refused(policy, tmp_path, spoil, message):
+    policy.model.generation_config.eos_token_id = None
     trainer = make_trainer(policy, LikesOneToken(), tmp_path)
     inner = trainer.sampler
-    trainer.sampler = Answers(lambda requests: inner.sample(requests)[:-1])
-    with pytest.raises(ValueError, match="one completion per request, got 15 for 16"):
+    trainer.sampler = Answers(lambda requests: spoil(inner.sample(requests)))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_nan_log_probs_of_a_sampler_stop_the_run(policy, tmp_path):
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path)
+    answers = trainer.sampler.sample(trainer.system.requests(1))
+    answers[3].logp[0] = float("nan")
+    trainer.sampler = Answers(lambda requests: answers)
+    with pytest.raises(RuntimeError, match=r"sampled log-probs of requests .* rows \[3\]"):
         trainer.train()
 
 
