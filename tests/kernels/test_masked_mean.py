@@ -7,13 +7,15 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from harness import extra_bytes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tercet.kernels import _masked_mean_triton as kernels
 from tercet.kernels import masked_mean, segment_mean
-from tercet.kernels.masked_mean import _sums_plain
+from tercet.kernels.masked_mean import CHUNK_ELEMENTS, _sums_plain
 from tercet.kernels.reference import masked_mean_ref, segment_mean_ref
 
-pytestmark = pytest.mark.parametrize("impl", ["triton", "torch"])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [  # tokens: one, some, a slot, one more; hidden: one, a block, one more
     (1, 1, 1),
@@ -22,6 +24,11 @@ SHAPES = [  # tokens: one, some, a slot, one more; hidden: one, a block, one mor
     (1, 257, 64),
 ]
 LENGTHS = [[1], [3, 0, 290, 1], [256, 17], [0, 0, 5, 0]]
+
+
+@pytest.fixture(params=["triton", "torch"])
+def impl(request):
+    return request.param
 
 
 def _boundaries(lengths, device, dtype=torch.int32):
@@ -191,7 +198,7 @@ def test_any_strides_give_the_same_bits(impl, dtype, device, fwd_bwd):
     y, dx = fwd_bwd(partial(masked_mean, mask=mask, normalize=True, impl=impl), [x], dy)
     rtol = 0.0 if impl == "triton" else 1e-5
     for name, other in _layouts(x).items():
-        fn = partial(masked_mean, mask=mask.clone(), normalize=True, impl=impl)
+        fn = partial(masked_mean, mask=mask.contiguous(), normalize=True, impl=impl)
         for got, expected in zip(fwd_bwd(fn, [other], dy.contiguous()), (y, dx), strict=True):
             torch.testing.assert_close(got, expected, rtol=rtol, atol=rtol, msg=name)
 
@@ -292,6 +299,31 @@ def test_offsets_beyond_32_bits(impl, device):
     mask = torch.ones(3, 2, dtype=torch.bool, device=device)
     expected = torch.tensor([0.0, 0.0, 3.0], device=device)[:, None].expand(3, 8)
     torch.testing.assert_close(masked_mean(x, mask, impl=impl), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extra_memory_does_not_grow_with_the_input(dtype, device, fwd_bwd):
+    x = torch.randn(4, 2048, 256, device=device).to(dtype)
+    mask = torch.rand(4, 2048, device=device) < 0.5
+    fn = partial(masked_mean, mask=mask, normalize=True)
+    extra = extra_bytes(partial(fwd_bwd, fn, [x], torch.randn(4, 256, device=device)))
+    per_row, per_token = 4 * 256 * 4, 4 * 2048 * 8
+    cast = 0 if dtype == torch.float32 or device.type == "cuda" else 6 * CHUNK_ELEMENTS
+    assert extra <= 16 * per_row + 5 * per_token + cast
+    assert extra < x.nbytes / 2
+
+
+def test_sharded_tensors_are_refused(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x = distribute_tensor(torch.zeros(2, 3, 4), mesh, [Shard(0)])
+        mask = distribute_tensor(torch.ones(2, 3, dtype=torch.bool), mesh, [Shard(0)])
+        with pytest.raises(NotImplementedError, match=r"tercet\.masked_mean.*sharding strategy"):
+            masked_mean(x, mask)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_rows_lie_on_the_first_grid_axis(impl, device, monkeypatch):
