@@ -8,7 +8,9 @@ import torch
 
 from tercet.engine.grace.evaluate import (
     anisotropy,
+    completion_loss,
     distinct_share,
+    held_out_loss,
     mean_and_spread,
     metrics_of_ranks,
     retrieval_metrics,
@@ -33,6 +35,15 @@ def test_retrieval_by_hand():
     assert result["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
     second = (1 / math.log2(3) + 1 / math.log2(4)) / (1 + 1 / math.log2(3))
     assert result["ndcg@10"] == pytest.approx((1 + second + 1 / math.log2(4)) / 3)
+
+
+def test_relevant_documents_with_others_between_them():
+    # order 1 2 0 3 from 0 degrees; the relevant ones stand at ranks 1 and 4
+    result = retrieval_metrics(at(0), at(40, 5, 20, 90), [{3, 1}], ks=(1, 3, 4))
+    assert (result["recall@1"], result["recall@3"], result["recall@4"]) == (0.5, 0.5, 1.0)
+    assert result["mrr"] == 1.0
+    gain = 1 + 1 / math.log2(5)
+    assert result["ndcg@10"] == pytest.approx(gain / (1 + 1 / math.log2(3)))
 
 
 def test_all_ways_to_name_the_relevant_documents_agree():
@@ -150,6 +161,50 @@ def test_anisotropy_against_all_pairs():
     assert anisotropy(with_zero) == pytest.approx(2 / 6)  # one pair of three agrees
     with pytest.raises(ValueError, match="at least two vectors"):
         anisotropy(torch.ones(1, 3))
+
+
+def test_equal_pairs_tie_though_their_cosines_round_differently():
+    first = torch.randn(6, 64)
+    scaled = first * torch.tensor([1.0, 3.0, 0.1, 7.0, 1e-3, 1e3])[:, None]
+    first[0], scaled[0] = scaled[0].clone(), -scaled[0]  # one pair is opposite, five are equal
+    gold = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert sts_spearman(first, scaled, gold) == pytest.approx(1.0)
+
+
+def logits_loss(policy, ids, first):
+    """Mean loss of tokens first.. of one row from the model's own logits, and their number."""
+    row = torch.tensor([ids])
+    logp = policy.model(row).logits[0, :-1].log_softmax(-1)
+    losses = -logp.gather(1, row[0, 1:, None])[first - 1 :]
+    return losses.sum().item(), len(losses)
+
+
+def test_completion_loss_is_a_token_mean_of_the_models_own_logits(tiny_policy):
+    prompts, completions = [[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], []]
+    rows = [(p + c, len(p)) for p, c in zip(prompts, completions, strict=True)]
+    parts = [logits_loss(tiny_policy, ids, first) for ids, first in rows]
+    expected = sum(total for total, _ in parts) / sum(count for _, count in parts)
+    assert completion_loss(tiny_policy, prompts, completions) == pytest.approx(expected, rel=1e-5)
+    small = completion_loss(tiny_policy, prompts, completions, max_tokens_per_batch=1)
+    assert small == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="each with a prompt token"):
+        completion_loss(tiny_policy, [[]], [[1]])
+
+
+def test_held_out_loss_reads_texts_up_to_their_limit(tiny_policy):
+    texts = ["the red boat to the sea", "x", "bread rises slowly"]
+    rows = [tiny_policy.tokenizer.encode(text) for text in texts]
+    assert len(rows[1]) == 1  # nothing to predict: left out
+    parts = [logits_loss(tiny_policy, row[:4], 1) for row in (rows[0], rows[2])]
+    expected = sum(total for total, _ in parts) / sum(count for _, count in parts)
+    assert held_out_loss(tiny_policy, texts, max_length=4) == pytest.approx(expected, rel=1e-5)
+    whole = held_out_loss(tiny_policy, texts)
+    assert whole != pytest.approx(expected, rel=1e-5)
+    tiny_policy.model.train()
+    assert held_out_loss(tiny_policy, texts) == pytest.approx(whole)
+    assert tiny_policy.model.training
+    with pytest.raises(ValueError, match="at least two tokens, got none in 1"):
+        held_out_loss(tiny_policy, ["x"])
 
 
 def test_distinct_share_and_spread():
