@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tercet.engine.model import Policy
+from tercet.engine.attention import HALF
+from tercet.engine.model import LMHead, Policy
 from tercet.engine.records import SamplingParams, pack, split_by_tokens
 from tercet.kernels import segment_mean
 from tercet.kernels._typing import Bool, Float, Int
@@ -156,6 +158,30 @@ def _spread(caches: list[Cache], slots: Int[Tensor, "batch t"]) -> Cache:
         v = torch.cat([layer.values[0] for layer in parts], dim=1)
         layers.append(GrowingLayer(k[:, slots].transpose(0, 1), v[:, slots].transpose(0, 1)))
     return Cache(layers=layers)
+
+
+def wide_head(policy: Policy) -> LMHead:
+    """The LM head in the dtype that `wide_logits` multiplies in.
+
+    float32, as `linear_logp` does, so that sampled and trained log-probs agree; on CUDA half
+    precision stays (its products accumulate in float32), elsewhere it is copied.
+    """
+    weight, bias = policy.head()
+    if weight.dtype in HALF and not weight.is_cuda:
+        return LMHead(weight.float(), None if bias is None else bias.float())
+    return LMHead(weight, bias)
+
+
+def wide_logits(
+    hidden: Float[Tensor, "batch hidden"], head: LMHead
+) -> Float[Tensor, "batch vocab"]:
+    """Logits hidden @ weight.T + bias, never rounded to half precision, autocast or not."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = hidden.to(head.weight.dtype)
+        if head.weight.dtype not in HALF:
+            return F.linear(hidden, head.weight, head.bias)
+        logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+        return logits if head.bias is None else logits + head.bias.float()
 
 
 @dataclass(frozen=True, slots=True)

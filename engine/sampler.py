@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.engine.decode import DecodeState, Rules, draw, prefill
+from tercet.engine.decode import DecodeState, Rules, draw, prefill, wide_head, wide_logits
 from tercet.engine.model import Policy, evaluating
 from tercet.engine.records import Completion, Request
 
@@ -92,6 +91,7 @@ class TransformersSampler:
 
     def _decode(self, requests: list[Request], seeds: list[int]) -> list[Completion]:
         policy, ends = self.policy, self.end_tokens
+        head = wide_head(policy)
         params = [request.params for request in requests]
         state, sums = prefill(
             policy, [r.prompt_ids for r in requests], [r.pool_from for r in requests]
@@ -101,7 +101,7 @@ class TransformersSampler:
         rows = list(range(len(requests)))  # the request that each row of the batch writes for
 
         for step in range(rules.uniform.shape[1]):
-            tokens, logp = draw(F.linear(state.hidden, *policy.head()), rules, step)
+            tokens, logp = draw(wide_logits(state.hidden, head), rules, step)
             needed = []  # rows whose new token the model must still read
             for slot, (token, value) in enumerate(zip(tokens.tolist(), logp.tolist(), strict=True)):
                 text, pool_from = texts[rows[slot]], requests[rows[slot]].pool_from

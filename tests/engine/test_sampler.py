@@ -66,6 +66,22 @@ def test_logp_and_embedding_equal_score(arch, make_tiny_model):
             torch.testing.assert_close(completion.embedding, embedding, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bfloat16_logp_equals_score(how, make_tiny_model):
+    """Both make their logits in float32, so only the hidden states differ, by rounding."""
+    model = make_tiny_model("qwen3")
+    policy, requests = Policy(model.bfloat16() if how == "weights" else model), make_requests()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        completions = TransformersSampler(policy).sample(requests)
+        logps, embeddings = rescore(policy, requests, completions)
+    got = torch.tensor([value for c in completions for value in c.logp])
+    assert (got - torch.cat(list(logps))).abs().mean() < 0.03
+    for completion, embedding in zip(completions, embeddings, strict=True):
+        if completion.embedding is not None:
+            assert completion.embedding.dtype == torch.float32
+            torch.testing.assert_close(completion.embedding, embedding, rtol=0.05, atol=0.05)
+
+
 def test_ends_at_an_end_token_or_the_limit_and_pools_the_last_token(tiny_policy):
     requests = [
         replace(r, pool_from=0) for r in make_requests((5, 8), 40, max_completion_length=30)
