@@ -7,6 +7,7 @@ import torch
 
 from tercet.engine.advantage import advantages, dead_parts
 from tercet.engine.grace.rewards import RewardConfig, grace_reward
+from tercet.kernels.reference import contrastive_reward_ref
 
 FORMS = ["paper", "released", "document", "info_nce"]
 LOOSE = {"rtol": 0, "atol": 2e-5}
@@ -93,18 +94,33 @@ def test_document_form_by_hand():
     torch.testing.assert_close(r.parts["hard"], hard, **LOOSE)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.4])
 @pytest.mark.parametrize("supervised", [True, False])
-def test_info_nce_form_by_hand(supervised):
+def test_info_nce_form_by_hand(supervised, temperature):
     negatives = NEGATIVES if supervised else None
-    r = grace_reward(ROLLOUTS, QUERIES, negatives, FINISHED, RewardConfig(form="info_nce"))
+    config = RewardConfig(form="info_nce", temperature=temperature)
+    r = grace_reward(ROLLOUTS, QUERIES, negatives, FINISHED, config)
     expected = []
     for angle, own, other, mined in ((30, 0, 90, 80), (-10, 0, 90, 80), (60, 90, 0, 20)):
         candidates = [cos(angle - own), cos(angle - other)]
         candidates += [cos(angle - mined)] if supervised else []
-        log_sum = math.log(sum(math.exp(c / 0.1) for c in candidates))
-        expected.append(math.log(len(candidates)) + candidates[0] / 0.1 - log_sum)
-    expected = torch.tensor(expected) + 0.2 * torch.tensor([cos(40), cos(40), cos(75)]) / 0.1
-    torch.testing.assert_close(r.total[:3], expected, **LOOSE)
+        log_sum = math.log(sum(math.exp(c / temperature) for c in candidates))
+        expected.append(math.log(len(candidates)) + candidates[0] / temperature - log_sum)
+    consistency = 0.2 * torch.tensor([cos(40), cos(40), cos(75)]) / temperature
+    torch.testing.assert_close(r.total[:3], torch.tensor(expected) + consistency, **LOOSE)
+
+
+@pytest.mark.parametrize("form", ["paper", "document"])
+def test_every_weight_counts(form):
+    rollouts, queries, negatives, finished = random_batch()
+    weights = {"negative_weight": 0.4, "consistency_weight": 0.7, "hard_weight": 1.3}
+    config = RewardConfig(form=form, temperature=0.3, **weights)
+    r = grace_reward(rollouts, queries, negatives, finished, config)
+    repulsion = "query" if form == "paper" else "document"
+    wanted = contrastive_reward_ref(
+        rollouts, queries, negatives, repulsion=repulsion, temperature=0.3, **weights
+    )
+    torch.testing.assert_close(r.total.view(6, 4), wanted.total, **LOOSE)
 
 
 def test_several_negatives_are_summed():
@@ -168,6 +184,14 @@ def test_parts_add_up_to_the_total_exactly_in_any_order(form, truncation, dtype)
         for name in order:
             summed = summed + r.parts[name]
         assert torch.equal(summed, r.total)
+
+
+def test_float64_keeps_its_precision():
+    rollouts, queries = torch.randn(3, 2, 8, dtype=torch.float64), torch.randn(3, 8).double()
+    finished = torch.ones(3, 2, dtype=torch.bool)
+    r = grace_reward(rollouts, queries, None, finished, RewardConfig(hard_weight=0.2))
+    wanted = contrastive_reward_ref(rollouts, queries, repulsion="document").total
+    torch.testing.assert_close(r.total.view(3, 2), wanted, rtol=0, atol=1e-13)
 
 
 def test_relative_truncation_is_below_the_group_whatever_the_level():
