@@ -82,10 +82,34 @@ def environment(peers: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
+@cache
+def _l2_filler() -> torch.Tensor:
+    return torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
+
+
 def _time_once(side: Side) -> float:
-    start = time.perf_counter()
+    """One call in ms.  On CUDA: cold L2, and the launches queue up behind a sleeping kernel."""
+    if DEVICE.type == "cuda":
+        _l2_filler().zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # cycles: about a millisecond
+        start.record()
+        side()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    started = time.perf_counter()
     side()
-    return (time.perf_counter() - start) * 1e3
+    return (time.perf_counter() - started) * 1e3
+
+
+@cache
+def copy_gb_per_s(num_bytes: int = 1 << 30) -> float:
+    """What a copy on the device reaches, reads and writes counted: the roof of a row kernel."""
+    source = torch.ones(num_bytes, dtype=torch.int8, device=DEVICE)
+    target = torch.empty_like(source)
+    times = [_time_once(lambda: target.copy_(source)) for _ in range(12)]
+    return 2 * source.nbytes / statistics.median(times[2:]) / 1e6
 
 
 def _quantiles(times_ms: list[float]) -> dict[str, float]:
@@ -95,20 +119,11 @@ def _quantiles(times_ms: list[float]) -> dict[str, float]:
     return {"ms": statistics.median(times_ms), "ms_p20": fifths[0], "ms_p80": fifths[3]}
 
 
-def _time_cuda(side: Side) -> dict[str, float]:
-    from triton.testing import do_bench
-
-    found: Any = do_bench(side, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])  # L2 is flushed
-    return dict(zip(("ms", "ms_p20", "ms_p80"), found, strict=True))
-
-
 def time_sides(case: Case, benchmark: Any = None) -> dict[str, dict[str, float]]:
     """Median, 20 % and 80 % quantile of each side in ms.
 
     pytest-benchmark, when given, times "ours"; the other sides run in its set-up of each round.
     """
-    if DEVICE.type == "cuda":
-        return {name: _time_cuda(side) for name, side in case.sides.items()}
     others = {name: side for name, side in case.sides.items() if name != "ours"}
     times: dict[str, list[float]] = {name: [] for name in case.sides}
     for side in case.sides.values():  # warm-up
@@ -183,11 +198,15 @@ def run(case: Case, benchmark: Any = None, out: Path | None = None) -> dict[str,
         line["extra_mb"] = extra_bytes(case.sides[name]) / 1e6
         if case.bytes_moved is not None:
             line["gb_per_s"] = case.bytes_moved / timing["ms"] / 1e6
+            if DEVICE.type == "cuda":
+                line["share_of_copy"] = line["gb_per_s"] / copy_gb_per_s()
         if case.flops is not None:
             line["gflop_per_s"] = case.flops / timing["ms"] / 1e6
         line |= {"formula": case.formula, "device": DEVICE.type}
         line |= {**case.notes, **environment(case.peers)}
-        rates = [f"{line[k]:8.1f} {k}" for k in ("gb_per_s", "gflop_per_s") if k in line]
+        rates = [
+            f"{line[k]:8.2f} {k}" for k in ("gb_per_s", "share_of_copy", "gflop_per_s") if k in line
+        ]
         print(
             f"  {name:28s} {line['ms']:9.3f} ms  ({line['ms_p20']:.3f}-{line['ms_p80']:.3f})"
             f"  x{line['slower']:<6.2f} {line['extra_mb']:9.2f} MB extra", *rates

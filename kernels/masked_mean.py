@@ -42,9 +42,9 @@ def _bag(x: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
 
 def _gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """Rows of x by their index in the flattened token axis, whatever the strides of x."""
-    if x.ndim == 2:
-        return x.index_select(0, indices)
-    return x[indices // x.shape[1], indices % x.shape[1]]
+    if x.ndim == 3 and not x.is_contiguous():
+        return x[indices // x.shape[1], indices % x.shape[1]]
+    return x.flatten(0, -2).index_select(0, indices)
 
 
 def _sums_cpu(x: Tensor, kept: Tensor, offsets: Tensor) -> Tensor:
