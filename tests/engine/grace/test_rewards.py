@@ -113,14 +113,14 @@ def test_info_nce_form_by_hand(supervised, temperature):
 @pytest.mark.parametrize("form", ["paper", "document"])
 def test_every_weight_counts(form):
     rollouts, queries, negatives, finished = random_batch()
-    weights = {"negative_weight": 0.4, "consistency_weight": 0.7, "hard_weight": 1.3}
-    config = RewardConfig(form=form, temperature=0.3, **weights)
+    config = RewardConfig(
+        form=form, temperature=0.3, negative_weight=0.4, consistency_weight=0.7, hard_weight=1.3
+    )
     r = grace_reward(rollouts, queries, negatives, finished, config)
     repulsion = "query" if form == "paper" else "document"
-    wanted = contrastive_reward_ref(
-        rollouts, queries, negatives, repulsion=repulsion, temperature=0.3, **weights
-    )
-    torch.testing.assert_close(r.total.view(6, 4), wanted.total, **LOOSE)
+    parts = contrastive_reward_ref(rollouts, queries, negatives, repulsion=repulsion)
+    wanted = parts.positive + 0.4 * parts.negative + 0.7 * parts.consistency + 1.3 * parts.hard
+    torch.testing.assert_close(r.total.view(6, 4), wanted / 0.3, **LOOSE)
 
 
 def test_several_negatives_are_summed():
