@@ -31,20 +31,20 @@ def _row_softmax_fwd(
     for start in range(0, V, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
         x = tl.load(x_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)  # [BLOCK_V]
-        block_max, argmax = tl.max(x, axis=0, return_indices=True)
+        block_max = tl.max(x, axis=0)
         grows = block_max > m
         m_new = tl.where(grows, block_max, m)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # not yet a single finite logit
         d = (x - base) * scale
         e = tl.exp(d)
         total = tl.where(m == float("-inf"), 0.0, 1.0 + rest)  # with the old maximum counted
-        fall = tl.where(grows & (total > 0), (m_new - m) * scale, 0.0)
+        fall = (base - tl.where(m == float("-inf"), base, m)) * scale
         shrink = tl.exp(-fall)
         if ENTROPY:
             ed = e * tl.where(e > 0, d, 0.0)
             spread = shrink * (spread + total * fall) - tl.sum(ed, axis=0)
-        left_out = tl.where(grows, argmax, -1)
-        e = tl.where(tl.arange(0, BLOCK_V) == left_out, 0.0, e)
+        first_max = tl.min(tl.where(x == block_max, offs, V), axis=0)
+        e = tl.where(offs == tl.where(grows, first_max, -1), 0.0, e)  # the new maximum stays out
         rest = tl.where(grows, total * shrink, rest) + tl.sum(e, axis=0)
         m = m_new
     tl.store(max_ptr + row, m)
@@ -60,19 +60,19 @@ def _row_softmax_fwd(
 @triton.jit
 def _row_softmax_bwd(
     x_ptr, dx_ptr, target_ptr, dtarget_ptr, max_ptr, scale_ptr, log_sum_ptr, a_ptr, b_ptr,
-    inner, stride_outer, stride_inner, stride_dx, V, first_column, K,
+    inner, stride_outer, stride_inner, V, first_column, K,
     ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
-    dx_ptr += row * stride_dx
-    m = tl.load(max_ptr + row)
+    dx_ptr += row * V
     scale = tl.load(scale_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
     a = tl.load(a_ptr + row)
     b = tl.load(b_ptr + row)
     dead = (a == 0) & (b == 0)
     read = tl.where(dead, 0, V)  # nothing flows back: x is not read, so its NaN cannot leak
+    m = tl.where(dead, 0.0, tl.load(max_ptr + row))
     for start in range(0, V, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
         x = tl.load(x_ptr + offs, mask=offs < read, other=float("-inf")).to(tl.float32)
@@ -162,14 +162,14 @@ def backward(
     first_column: int,
     entropy: bool,
 ) -> None:
-    """Writes dx, which may be x itself, from (coefficients [5, N], dx of the targets [N, K])."""
+    """Writes contiguous dx, which may be x itself, from (coefficients [5, N], dx of the targets [N, K])."""
     if rows.count == 0:
         return
     coef, d_target = grads
     with torch.cuda.device_of(x):
         _row_softmax_bwd[(rows.count,)](
             x, dx, targets, d_target, *coef.unbind(),
-            rows.inner, rows.stride_outer, rows.stride_inner, dx.stride(-2),
+            rows.inner, rows.stride_outer, rows.stride_inner,
             x.shape[-1], first_column, targets.shape[1],
             ENTROPY=entropy, BLOCK_V=block_size(x.shape[-1]), num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -1,0 +1,519 @@
+"""linear_logp: Triton row kernels (interpreted without a GPU) and PyTorch, against float64."""
+
+import threading
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+
+from tercet.kernels import _linear_tiles as tiles
+from tercet.kernels import _row_softmax_triton as kernels
+from tercet.kernels import linear_logp, token_logp
+from tercet.kernels.reference import linear_logp_ref
+
+pytestmark = [
+    pytest.mark.parametrize("impl", ["triton", "torch"]),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),  # of Triton's interpreter
+]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 x 128 float32 and a budget in KiB, so that small tensors meet many of them."""
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 8192)
+    monkeypatch.setattr(tiles, "CPU_HEIGHT", 16)
+    monkeypatch.setattr(tiles, "CUDA_TILE_BYTES", 8192)
+    monkeypatch.setattr(tiles, "CUDA_HEIGHT", 16)
+    monkeypatch.setattr(tiles, "MEBI", 1024)
+
+
+def problem(rows, vocab, hidden=24, *, device, dtype=torch.float32, spread=3.0):
+    shape = rows if isinstance(rows, tuple) else (rows,)
+    x = torch.randn(*shape, hidden, device=device).to(dtype)
+    weight = torch.randn(vocab, hidden, device=device).mul_(spread * hidden**-0.5).to(dtype)
+    bias = torch.randn(vocab, device=device).to(dtype)
+    return [x, weight, bias], torch.randint(vocab, shape, device=device)
+
+
+def products_flops(run):
+    """FLOPs of the matrix products inside run()."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, with_flops=True) as profile:
+        run()
+    events = [e for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm")]
+    return sum(event.flops for event in events)
+
+
+def both(hidden, weight, bias=None, *, targets, op=linear_logp_ref, **options):
+    """Log-probs and entropies in one tensor, so that both get an upstream gradient."""
+    out = op(hidden, weight, targets, bias=bias, return_entropy=True, **options)
+    return torch.cat([out.logp.flatten(), out.entropy.flatten()])
+
+
+def judge_both(judge, impl, inputs, targets, *, budget=8, dy=None, **options):
+    op = partial(linear_logp, impl=impl, memory_budget_mb=budget)
+    if dy is None:
+        count = targets.numel() + inputs[0].shape[:-1].numel()
+        dy = torch.randn(count, device=targets.device)
+    ours = partial(both, targets=targets, op=op, **options)
+    judge(ours, partial(both, targets=targets, **options), inputs, dy, slack=2e-6)
+
+
+KEPT = {8: "none kept", 30: "some kept", 4096: "all kept"}  # KiB
+
+
+@pytest.mark.parametrize("budget", KEPT, ids=KEPT.values())
+@pytest.mark.parametrize("shape", [(1, 1), (16, 128), (17, 129), (21, 300)], ids=str)
+def test_matches_float64(impl, shape, budget, device, judge, small_tiles):
+    inputs, targets = problem(*shape, device=device)
+    judge_both(judge, impl, inputs, targets, budget=budget)
+
+
+def test_plan_fills_the_budget(impl):
+    buffers = 2 if impl == "triton" else 1
+    plan = tiles.make_plan(4096, 1000, 4, buffers, 6, cuda=False)
+    spare = 6 * 2**20 - buffers * plan.height * plan.width * 4
+    assert 0 < plan.kept == spare // 4000
+    assert tiles.make_plan(10, 1000, 4, buffers, 6, cuda=False).kept == 10
+    assert tiles.make_plan(4096, 2**24, 4, buffers, 1, cuda=False).kept == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes(impl, dtype, device, judge, small_tiles):
+    impl = "torch" if dtype == torch.float64 else impl
+    inputs, targets = problem(20, 300, device=device, dtype=dtype)
+    judge_both(judge, impl, inputs, targets, budget=40)
+    out = linear_logp(*inputs[:2], targets, impl=impl)
+    assert out.logp.dtype == (dtype if dtype == torch.float64 else torch.float32)
+
+
+def test_float32_hidden_with_bfloat16_head(impl, device, small_tiles):
+    (hidden, weight, _), targets = problem(20, 300, device=device)
+    weight = weight.bfloat16()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    out = linear_logp(hidden, weight, targets, impl=impl, memory_budget_mb=40).logp
+    expected = linear_logp_ref(hidden, weight, targets).logp
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    dy = torch.randn(20, device=device)
+    for ours, truth in zip(
+        torch.autograd.grad(out, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+    ):
+        assert ours.dtype == truth.dtype
+        torch.testing.assert_close(ours, truth, rtol=2e-2, atol=1e-5)
+
+
+def test_weight_gradient_accumulates_in_float32(impl, device):
+    """512 equal addends of 1 + 2^-9 in bfloat16 would stop at 256."""
+    hidden = torch.ones(2048, 1, device=device, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(2048, dtype=torch.long, device=device)
+    linear_logp(hidden, weight, targets, impl="torch").logp.sum().backward()
+    assert weight.grad.tolist() == [[1024.0], [-1024.0]]
+    assert impl in ("triton", "torch")
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per row"])
+def test_temperature_and_leading_axes(impl, per_row, device, judge, small_tiles):
+    inputs, targets = problem((2, 3, 5), 200, device=device)
+    temperature = torch.rand(2, 3, 5, device=device) + 0.4 if per_row else 1.7
+    judge_both(judge, impl, inputs, targets, budget=20, temperature=temperature)
+
+
+def test_several_targets_per_row_may_repeat(impl, device, judge, small_tiles):
+    inputs, _ = problem(20, 300, device=device)
+    targets = torch.randint(300, (20, 4), device=device)
+    targets[3] = 150
+    targets[4, 2] = targets[4, 0]
+    judge_both(judge, impl, inputs, targets, budget=20)
+
+
+def test_equals_token_logp_of_the_logits(impl, device, small_tiles):
+    (hidden, weight, bias), targets = problem(18, 400, device=device)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    options = {"temperature": 0.8, "return_entropy": True, "impl": impl}
+    ours = linear_logp(hidden, weight, targets, bias=bias, memory_budget_mb=60, **options)
+    torch.testing.assert_close(ours, token_logp(logits, targets, **options), rtol=1e-5, atol=1e-5)
+
+
+def test_running_max_that_grows_in_every_tile(impl, device, judge, small_tiles):
+    weight = torch.linspace(-50, 50, 700, device=device)[:, None]
+    hidden = torch.tensor([[1.0], [-1.0]], device=device)
+    targets = torch.tensor([650, 130], device=device)
+    judge_both(judge, impl, [hidden, weight], targets, budget=8)
+
+
+@pytest.mark.parametrize("budget", [8, 4096], ids=KEPT.get)
+@pytest.mark.parametrize("gap", [12.0, 25.0])
+def test_peaked_softmax_keeps_relative_precision(impl, gap, budget, device, small_tiles):
+    """d loss / d bias is the gradient of the logits, summed over the rows: here of one row."""
+    hidden = torch.randn(1, 8, device=device)
+    weight = torch.randn(400, 8, device=device).mul_(0.2)
+    bias = torch.zeros(400, device=device)
+    bias[260] = gap
+    targets = torch.tensor([260], device=device)
+    logits = (hidden.double() @ weight.double().T + bias)[0]
+    e = (logits - logits[260]).exp()
+    rest = e.sum() - 1 if gap < 20 else e[torch.arange(400) != 260].sum()
+    expected = -e / (1 + rest)
+    expected[260] = rest / (1 + rest)
+    bias.requires_grad_()
+    out = linear_logp(hidden, weight, targets, bias=bias, impl=impl, memory_budget_mb=budget).logp
+    d_bias = torch.autograd.grad(out.sum(), bias)[0]
+    assert float(((d_bias.double() - expected) / expected).abs().max()) < 3e-5
+    assert float((out.detach().double() / -rest.log1p() - 1).abs().max()) < 3e-5
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_very_negative_and_very_large_logits(impl, offset, device, judge, small_tiles):
+    inputs, targets = problem(5, 300, device=device)
+    inputs[2] += offset
+    rounded = [(x * 8).round() / 8 for x in inputs]  # so that eager's sums are exact
+    judge_both(judge, impl, rounded, targets)
+
+
+def test_masked_vocabulary(impl, device, small_tiles):
+    (hidden, weight, bias), _ = problem(20, 700, device=device)
+    bias[:300] = -torch.inf  # two whole tiles and a half
+    targets = torch.randint(300, 700, (20,), device=device)
+    op = partial(both, op=partial(linear_logp, impl=impl, memory_budget_mb=40))
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    y = op(hidden, weight, bias, targets=targets)
+    expected = both(hidden, weight[300:], bias[300:], targets=targets - 300)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, leaves, dy)
+    for got, want in zip(grads, torch.autograd.grad(expected, leaves, dy), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert (grads[1][:300] == 0).all()
+
+
+@pytest.mark.parametrize("budget", KEPT, ids=KEPT.values())
+def test_rows_without_upstream_leave_exactly(impl, budget, device, small_tiles):
+    (hidden, weight, bias), targets = problem(40, 300, device=device)
+    dead = torch.rand(40, device=device) < 0.5
+    dead[16:32] = True  # a whole block
+    hidden[dead] = torch.nan
+    dy = torch.randn(40, device=device).masked_fill(dead, 0.0)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    out = linear_logp(*leaves[:2], targets, bias=leaves[2], impl=impl, memory_budget_mb=budget)
+    grads = torch.autograd.grad(out.logp, leaves, dy)
+    short = [leaves[0].detach()[~dead].requires_grad_(), *leaves[1:]]
+    truth = linear_logp_ref(*short[:2], targets[~dead], bias=short[2]).logp
+    expected = torch.autograd.grad(truth, short, dy[~dead])
+    assert (grads[0][dead] == 0).all()
+    for ours, want in zip((grads[0][~dead], *grads[1:]), expected, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_rows_cost_no_products(impl, device, small_tiles):
+    (hidden, weight, _), targets = problem(64, 256, device=device)
+    dy = torch.zeros(64, device=device)
+    dy[[3, 40]] = 1.0
+    flops = []
+    for upstream in (torch.ones(64, device=device), dy):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = linear_logp(*leaves, targets, impl=impl, memory_budget_mb=8).logp
+        flops.append(products_flops(partial(torch.autograd.grad, out, leaves, upstream)))
+    assert flops[0] == 3 * 2 * 64 * 256 * 24
+    assert flops[1] == 3 * 2 * 2 * 256 * 24
+
+
+def test_no_row_with_upstream(impl, device, small_tiles):
+    inputs, targets = problem(20, 300, device=device)
+    leaves = [x.requires_grad_() for x in inputs]
+    out = linear_logp(*leaves[:2], targets, bias=leaves[2], impl=impl).logp
+    for x, dx in zip(leaves, torch.autograd.grad(out, leaves, torch.zeros_like(out)), strict=True):
+        assert dx.shape == x.shape
+        assert (dx == 0).all()
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_frozen_inputs_skip_their_products(impl, wanted, device, small_tiles):
+    inputs, targets = problem(32, 256, device=device)
+    dy = torch.randn(32, device=device)
+    leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+    out = linear_logp(*leaves[:2], targets, bias=leaves[2], impl=impl, memory_budget_mb=8).logp
+    chosen = [leaves[i] for i in wanted]
+    products = 1 + (0 in wanted) + (1 in wanted)
+    flops = products_flops(lambda: torch.autograd.grad(out, chosen, dy, retain_graph=True))
+    assert flops == products * 2 * 32 * 256 * 24
+    grads = torch.autograd.grad(out, chosen, dy)
+    truth = linear_logp_ref(*leaves[:2], targets, bias=leaves[2]).logp
+    for ours, want in zip(grads, torch.autograd.grad(truth, chosen, dy), strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+
+
+def test_kept_rows_save_their_recomputation(impl, device, small_tiles):
+    (hidden, weight, _), targets = problem(32, 256, device=device)
+    flops = {}
+    for budget in (8, 24, 4096):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = linear_logp(*leaves, targets, impl=impl, memory_budget_mb=budget).logp
+        flops[budget] = products_flops(out.sum().backward) / (2 * 32 * 256 * 24)
+    assert flops == {8: 3.0, 24: 2.5, 4096: 2.0}
+
+
+@pytest.mark.parametrize("budget_mb", [2, 12])
+def test_workspace_stays_within_the_budget(impl, budget_mb, device):
+    if device.type != "cpu":
+        pytest.skip("the CUDA allocator is asked in the bench")
+    hidden = torch.randn(512, 8, requires_grad=True)
+    weight = torch.randn(16_384, 8, requires_grad=True)  # the logits would take 32 MiB
+    targets = torch.randint(16_384, (512,))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        out = linear_logp(hidden, weight, targets, impl="torch", memory_budget_mb=budget_mb)
+        grads = torch.autograd.grad(out.logp.sum(), [hidden, weight])
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    returned = sum(g.nbytes for g in grads)
+    assert peak - returned <= budget_mb * 2**20 + 2**18
+    assert impl in ("triton", "torch")
+
+
+def test_forward_alone_keeps_nothing(impl, device):
+    inputs, targets = problem(20, 300, device=device)
+    op = torch.ops.tercet.linear_logp
+    temperature = torch.ones((), device=device)
+    for save, rows in ((True, 20), (False, 0)):
+        kept = op(*inputs, targets, temperature, False, save, 8, impl == "triton")[3]
+        assert kept.shape == (rows, 300)
+    leaf = inputs[0].requires_grad_()
+    with torch.no_grad():
+        out = linear_logp(leaf, *inputs[1:2], targets, impl=impl)
+    assert not out.logp.requires_grad
+
+
+def test_gradcheck_of_both_outputs(impl, device, small_tiles):
+    inputs, targets = problem(5, 7, hidden=3, device=device, dtype=torch.float64)
+    leaves = tuple(x.requires_grad_() for x in inputs)
+    temperature = torch.rand(5, dtype=torch.float64, device=device) + 0.5
+    several = torch.randint(7, (5, 2), device=device)
+    for chosen in (targets, several):
+        op = partial(linear_logp, memory_budget_mb=1, temperature=temperature)
+        assert torch.autograd.gradcheck(partial(both, targets=chosen, op=op), leaves)
+
+
+def test_logp_is_never_positive(impl, device, small_tiles):
+    (hidden, weight, bias), targets = problem(20, 300, device=device)
+    hidden *= torch.logspace(-2, 2, 20, device=device)[:, None]
+    targets = (hidden @ weight.T + bias).argmax(-1)
+    out = linear_logp(hidden, weight, targets, bias=bias, impl=impl, return_entropy=True)
+    assert (out.logp <= 0).all()
+    assert (out.entropy >= 0).all()
+
+
+@pytest.mark.parametrize("bad", [-100, 300])
+def test_target_outside_the_vocabulary(impl, bad, device):
+    (hidden, weight, _), targets = problem(4, 300, device=device)
+    targets[2] = bad
+    if device.type == "cpu":
+        with pytest.raises(IndexError, match=rf"linear_logp: targets .*\[0, 300\), got {bad}"):
+            linear_logp(hidden, weight, targets, impl=impl)
+        return
+    logp = linear_logp(hidden, weight, targets, impl=impl).logp
+    assert logp.isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0), ()], ids=str)
+def test_no_rows_and_one_row_without_axis(impl, rows, device):
+    (hidden, weight, bias), targets = problem(rows, 40, device=device)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    out = linear_logp(*leaves[:2], targets, bias=leaves[2], return_entropy=True, impl=impl)
+    assert out.logp.shape == out.entropy.shape == rows
+    grads = torch.autograd.grad(out.logp.sum() + out.entropy.sum(), leaves)
+    expected = linear_logp_ref(*leaves[:2], targets, bias=leaves[2], return_entropy=True)
+    torch.testing.assert_close(out.logp, expected.logp)
+    for x, dx in zip(leaves, grads, strict=True):
+        assert dx.shape == x.shape
+        assert dx.isfinite().all()
+
+
+def test_strided_hidden_and_int32_targets(impl, device, small_tiles):
+    (hidden, weight, _), targets = problem((3, 20), 200, device=device)
+    expected = linear_logp_ref(hidden, weight, targets).logp
+    views = [hidden.transpose(0, 1).contiguous().transpose(0, 1), weight.T.contiguous().T]
+    out = linear_logp(*views, targets.to(torch.int32).T.contiguous().T, impl=impl).logp
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", KEPT, ids=KEPT.values())
+def test_same_bits_on_every_run(impl, budget, device, fwd_bwd, small_tiles):
+    inputs, targets = problem(20, 300, device=device)
+    dy = torch.randn(40, device=device)
+    op = partial(linear_logp, impl=impl, memory_budget_mb=budget)
+    fn = partial(both, targets=targets, op=op)
+    for first, again in zip(fwd_bwd(fn, inputs, dy), fwd_bwd(fn, inputs, dy), strict=True):
+        assert torch.equal(first, again)
+
+
+def test_other_rows_do_not_matter(impl, device, small_tiles):
+    (hidden, weight, _), targets = problem(40, 300, device=device)
+    whole = linear_logp(hidden, weight, targets, impl=impl, memory_budget_mb=8).logp
+    hidden[:16] = torch.nan
+    other = linear_logp(hidden, weight, targets, impl=impl, memory_budget_mb=8).logp
+    assert torch.equal(whole[16:], other[16:])
+    alone = linear_logp(hidden[20:21], weight, targets[20:21], impl=impl, memory_budget_mb=8).logp
+    torch.testing.assert_close(alone, whole[20:21], rtol=1e-5, atol=1e-6)
+
+
+def test_two_backward_calls_and_untouched_inputs(impl, device, small_tiles):
+    inputs, targets = problem(20, 300, device=device)
+    before = [x.clone() for x in (*inputs, targets)]
+    leaves = [x.requires_grad_() for x in inputs]
+    op = partial(linear_logp, impl=impl, memory_budget_mb=30)
+    out = both(*leaves, targets=targets, op=op)
+    dy = torch.randn_like(out)
+    dy[:5] = dy[20:25] = 0.0
+    first = [g.clone() for g in torch.autograd.grad(out, leaves, dy, retain_graph=True)]
+    for one, two in zip(first, torch.autograd.grad(out, leaves, dy), strict=True):
+        assert torch.equal(one, two)
+    for now, then in zip((*inputs, targets), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_backward_in_a_bare_thread(impl, device):
+    (hidden, weight, _), targets = problem(5, 30, device=device)
+    hidden.requires_grad_()
+    logp = linear_logp(hidden, weight, targets, impl=impl).logp
+    thread = threading.Thread(target=lambda: logp.sum().backward())
+    thread.start()
+    thread.join()
+    expected = linear_logp_ref(hidden, weight, targets).logp
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(expected.sum(), hidden)[0])
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_registration(impl, entropy, device):
+    (hidden, weight, bias), targets = problem((2, 3), 11, device=device)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    temperature = torch.rand(2, 3, device=device) + 0.5
+    options = [entropy, True, 8, impl == "triton"]
+    inputs = (*leaves, targets, temperature, *options)
+    torch.library.opcheck(torch.ops.tercet.linear_logp.default, inputs)
+    saved = [x.detach() for x in torch.ops.tercet.linear_logp(*inputs)]
+    upstream = torch.randn(2, 3, device=device)
+    plain = [x.detach() for x in inputs[:5]]
+    backward = (upstream, upstream if entropy else None, *plain, *saved)
+    needs = [True, entropy, True]
+    torch.library.opcheck(
+        torch.ops.tercet.linear_logp_backward.default,
+        (*backward, needs, [int(option) for option in options]),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_break(impl, dynamic, device):
+    def loss(hidden, weight, targets):
+        out = linear_logp(
+            hidden * 2, weight, targets, temperature=0.7, return_entropy=True, impl=impl
+        )
+        return (out.logp * out.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (5, 6):
+        (hidden, weight, _), targets = problem(rows, 40, device=device)
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        expected = torch.autograd.grad(loss(*leaves, targets), leaves)
+        ours = torch.autograd.grad(compiled(*leaves, targets), leaves)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_rows_lie_on_the_first_grid_axis(impl, device, monkeypatch):
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(tiles, "CPU_HEIGHT", 70_000)
+    monkeypatch.setattr(kernels, "_row_softmax_fwd", Recorder())
+    monkeypatch.setattr(kernels, "_row_softmax_bwd", Recorder())
+    hidden = torch.zeros(70_000, 2, device=device, requires_grad=True)  # axes 1, 2 end at 65,535
+    weight = torch.zeros(4, 2, device=device)
+    targets = torch.zeros(70_000, dtype=torch.long, device=device)
+    linear_logp(hidden, weight, targets, impl=impl).logp.sum().backward()
+    assert set(grids) == ({(70_000,)} if impl == "triton" and device.type == "cpu" else set(grids))
+
+
+@pytest.mark.gpu
+def test_matches_eager_in_bfloat16_on_a_gpu(impl, judge):
+    inputs, targets = problem(5000, 32_001, 256, device="cuda", dtype=torch.bfloat16)
+    for budget in (64, 2048):
+        judge_both(judge, impl, inputs, targets, budget=budget)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_the_backward(impl):
+    (hidden, weight, _), targets = problem(64, 1000, device="cuda")
+    hidden[3] = torch.nan
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    dy = torch.randn(64, device="cuda")
+    dy[3] = 0.0
+
+    def step():
+        return torch.autograd.grad(linear_logp(*leaves, targets, impl="triton").logp, leaves, dy)
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for got, want in zip(captured, expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert impl in ("triton", "torch")
+
+
+def test_rejects_a_sharded_weight(impl, device):
+    dist = import_module("torch.distributed")
+    tensor = import_module("torch.distributed.tensor")
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = import_module("torch.distributed.device_mesh").init_device_mesh("cpu", (1,))
+        weight = tensor.distribute_tensor(torch.zeros(6, 3), mesh, [tensor.Shard(0)])
+        with pytest.raises(TypeError, match=r"weight must be a plain tensor.*weight\.full_tensor"):
+            linear_logp(torch.zeros(2, 3), weight, torch.zeros(2, dtype=torch.long), impl=impl)
+        logits = tensor.distribute_tensor(torch.zeros(2, 3), mesh, [tensor.Shard(0)])
+        with pytest.raises(TypeError, match=r"logits must be a plain tensor"):
+            token_logp(logits, torch.zeros(2, dtype=torch.long), impl=impl)
+    finally:
+        dist.destroy_process_group()
+
+
+def _call(impl, hidden=(2, 3), weight=(6, 3), targets=(2,), bias=None, **options):
+    target = torch.zeros(targets, dtype=torch.long)
+    extra = None if bias is None else torch.zeros(bias)
+    linear_logp(torch.zeros(hidden), torch.zeros(weight), target, bias=extra, impl=impl, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (partial(_call, hidden=(2, 4)), ValueError, r"hidden must be \[\*, 3\].*got \(2, 4\)"),
+        (partial(_call, weight=(0, 3)), ValueError, r"weight must be \[vocab >= 1, hidden\]"),
+        (partial(_call, targets=(3,)), ValueError, r"shape of the rows \(2,\).*got \(3,\)"),
+        (partial(_call, bias=(5,)), ValueError, r"bias must be \[6\], got \(5,\)"),
+        (partial(_call, temperature=-1.0), ValueError, r"temperature must be > 0, got -1\.0"),
+        (partial(_call, memory_budget_mb=0), ValueError, "memory_budget_mb must be >= 1, got 0"),
+    ],
+)
+def test_rejects(impl, call, error, match):
+    with pytest.raises(error, match=match):
+        call(impl)
+
+
+def test_rejects_mixed_float64(impl):
+    with pytest.raises(TypeError, match="both be float64 or neither"):
+        linear_logp(
+            torch.zeros(2, 3).double(),
+            torch.zeros(6, 3),
+            torch.zeros(2, dtype=torch.long),
+            impl=impl,
+        )
