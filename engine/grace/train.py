@@ -54,7 +54,6 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
     system = GraceSystem(policy, sampler, dataset, config)
     with RunLog.create(folder, config, total_steps=config.train.max_steps, resume=resumes) as log:
         if not resumes:
-            log.step = -1  # before everything: a run that starts over keeps these lines
             _tell(log, dataset, config)
         metrics = Trainer(policy, sampler, system, config.train, log).train()
         checkpoint = folder / f"checkpoint-{config.train.max_steps}"

@@ -105,6 +105,16 @@ def test_a_killed_run_goes_on_exactly(make_config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_over(make_config):
+    config = make_config(train={"max_steps": 1, "eval_steps": 1}, data={"test_fraction": 0.25})
+    run = train(config)
+    shutil.rmtree(run.checkpoint)
+    (run.folder / "latest").unlink()
+    again = train(config)
+    assert [row["step"] for row in read_jsonl(again.folder / "metrics.jsonl")] == [0, 1]
+    assert events(again).count("9 training rows, 3 held out") == 1
+
+
 def untimed(row):
     return {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_s", "memory"))}
 
