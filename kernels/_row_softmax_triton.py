@@ -162,7 +162,7 @@ def backward(
     first_column: int,
     entropy: bool,
 ) -> None:
-    """Writes contiguous dx, which may be x itself, from (coefficients [5, N], dx of the targets [N, K])."""
+    """Writes contiguous dx, which may be x itself, from (RowGrads.coef, RowGrads.target)."""
     if rows.count == 0:
         return
     coef, d_target = grads

@@ -17,6 +17,7 @@ import pytest
 ACC = "tl.float32"  # strings that begin with "tl." are looked up in triton.language
 MEAN = "_masked_mean_triton"
 REWARD = "_contrastive_reward_triton"
+ROW = "_row_softmax_triton"
 SLOT = {"SPLIT_T": 256, "BLOCK_T": 16, "BLOCK_H": 256}
 STRIDES = {"stride_xb": "i64", "stride_xt": "i64"}
 
@@ -131,9 +132,40 @@ REWARD_KERNELS = [
     *_reward_kernels("*bf16", lse=True, document=True, ids=False),
     *_reward_kernels("*fp16", lse=True, document=False, ids=True),
 ]
+
+
+def _row_kernels(dtype: str, entropy: bool) -> list[Kernel]:
+    rows = ("scale", "max", "rest", "spread", "picked", "dtarget", "log_sum", "a", "b")
+    strides = {"stride_outer": "i64", "stride_inner": "i64", "target_ptr": "*i64"}
+    forward = {"x_ptr": dtype} | strides | {f"{name}_ptr": "*fp32" for name in rows[:5]}
+    backward = {"x_ptr": dtype, "dx_ptr": dtype} | strides
+    backward |= {f"{name}_ptr": "*fp32" for name in ("max", "scale", *rows[5:])}
+    shared = {"ENTROPY": entropy, "BLOCK_V": 4096}
+    return [
+        Kernel(ROW, "_row_softmax_fwd", forward, {"FIRST": True, **shared}, 8, wide=True),
+        Kernel(ROW, "_row_softmax_fwd", forward, {"FIRST": False, **shared}, 8, wide=True),
+        Kernel(
+            ROW,
+            "_row_softmax_bwd",
+            backward,
+            shared,
+            8,
+            wide=True,
+            aligned=("V", "stride_outer", "stride_inner"),
+        ),
+    ]
+
+
+ROW_KERNELS = [
+    kernel
+    for dtype in ("*bf16", "*fp32")
+    for entropy in (False, True)
+    for kernel in _row_kernels(dtype, entropy)
+]
 KERNELS: list[Kernel] = [
     *MEAN_KERNELS,
     *REWARD_KERNELS,
+    *ROW_KERNELS,
 ]
 
 

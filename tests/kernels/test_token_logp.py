@@ -1,4 +1,6 @@
 """token_logp: Triton (interpreted without a GPU) and PyTorch, against float64."""
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
 
 import threading
 from functools import partial
