@@ -98,7 +98,6 @@ def test_the_kernels_and_the_policy_run_without_the_rest():
         "tyro",
         "pydantic",
         "rich",
-        "yaml",
         "matplotlib",
         "tensorboard",
     ]
