@@ -235,9 +235,8 @@ def draw(
             probs[rules.truncates], rules.top_k[rules.truncates], rules.top_p[rules.truncates]
         )
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    below = total.nextafter(torch.zeros_like(total))  # so that u close to 1 finds a token
-    target = torch.minimum(rules.uniform[:, step, None] * total, below)
+    # u <= 1 - 2^-53, so the product rounds to less than the total and a token is always found
+    target = rules.uniform[:, step, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
     tokens = torch.where(rules.greedy, logits.argmax(dim=-1), tokens.clamp(max=logits.shape[1] - 1))
     return tokens, scaled.gather(1, tokens[:, None])[:, 0] - normaliser

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tercet.engine.decode import GrowingLayer, Rules, draw, prefill
 from tercet.engine.model import Policy, score
@@ -233,6 +234,8 @@ def test_top_k_and_top_p_keep(params, kept, tiny_policy):
     logits = torch.cat([logits, torch.full((380,), -torch.inf)])
     tokens, logp = draw(logits.expand(2000, -1), rules_of(tiny_policy, 2000, **params), 0)
     assert set(tokens.tolist()) == kept
+    share = 0.4 / sum([0.4, 0.25, 0.2, 0.15][i] for i in kept)  # what is left is renormalised
+    assert abs((tokens == 0).float().mean() - share) < 0.05
     torch.testing.assert_close(logp, logits[tokens])  # of the whole softmax, as score computes it
 
 
@@ -278,6 +281,17 @@ def test_growing_layer_holds_what_concatenation_would():
             layer.batch_select_indices(index)
             keys, values = keys[index], values[index]
     assert layer.get_seq_length() == 155
+
+
+def test_finished_rows_that_stay_do_not_run_past_the_positions():
+    config = GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16, eos_token_id=None
+    )  # fmt: skip
+    policy = Policy(GPT2LMHeadModel(config))
+    short = Request(prompt_ids=[1, 2], params=SamplingParams(max_completion_length=14, seed=1))
+    long = Request(prompt_ids=[3] * 14, params=SamplingParams(max_completion_length=2, seed=2))
+    completions = TransformersSampler(policy).sample([short] * 5 + [long])
+    assert [len(c.ids) for c in completions] == [14] * 5 + [2]
 
 
 def test_no_requests_give_no_completions(tiny_policy):
