@@ -177,9 +177,8 @@ def load_config(cls: type[ConfigT], argv: Sequence[str], *, prog: str) -> Config
 
     path, rest = split_config_option(argv)
     default = _partial(cls, {} if path is None else _load(path), str(path))
-    text = (
-        f"{(cls.__doc__ or '').strip()}\n\n--config FILE.yaml sets what the other options override."
-    )
+    text = f"{inspect.cleandoc(cls.__doc__ or '')}\n"
+    text += "--config FILE.yaml sets what the other options override."
     try:
         return tyro.cli(cls, args=rest, prog=prog, description=text, default=default)
     except (ValueError, TypeError) as error:
