@@ -150,8 +150,23 @@ class Policy:
 
     @property
     def max_length(self) -> int | None:
-        """Longest row the model's positions allow, None when its config names none."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """Longest row the model's positions allow, None when its config names none.
+
+        Under "longrope" scaling this is the length from which rotary frequencies depend on the
+        longest row of a batch, so that a row would change with its neighbours.
+        """
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        scalings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+        limits = [
+            getattr(config, "max_position_embeddings", None),
+            *(
+                scaling.get("original_max_position_embeddings")
+                for scaling in scalings
+                if scaling.get("rope_type") == "longrope"
+            ),
+        ]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def _embedding_weight(self) -> Tensor:
@@ -246,7 +261,7 @@ class Policy:
         if self.max_length is not None and packed.max_seqlen > self.max_length:
             raise ValueError(
                 f"Policy.hidden: a row must be at most {self.max_length} tokens long "
-                f"(max_position_embeddings), got {packed.max_seqlen}; truncate it"
+                f"(the model's positions), got {packed.max_seqlen}; truncate it"
             )
         if packed.ids.device.type == "cpu":
             low, high = (int(x) for x in packed.ids.aminmax())

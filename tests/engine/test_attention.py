@@ -205,3 +205,55 @@ def test_outside_of_packed_calls_the_model_is_stock(tiny_policy):
         {"input_ids": packed.ids[None], "position_ids": packed.positions[None], "use_cache": False},
     ):
         assert torch.equal(tiny_policy.model(**call).logits, stock(**call).logits)
+
+
+def norm_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("attn", "dtype"),
+    [
+        ("sdpa", torch.float32),
+        ("sdpa", torch.bfloat16),
+        ("varlen", torch.bfloat16),
+        ("varlen", torch.float16),
+        ("auto", torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [None, 6], ids=["full", "window"])
+def test_backends_on_cuda_err_no_more_than_stock_sdpa(attn, dtype, window, make_tiny_model):
+    """Truth is float64 on the CPU; values and gradients."""
+    settings = {} if window is None else {"use_sliding_window": True, "sliding_window": window}
+    settings |= {} if window is None else {"max_window_layers": 1}
+    rows, master = ragged_rows(), make_tiny_model("qwen2", **settings)
+    upstream = torch.randn(sum(LENGTHS), 32)
+
+    def outcome(model, hidden):
+        weight = model.base_model.layers[0].self_attn.q_proj.weight
+        (grad,) = torch.autograd.grad(hidden, weight, upstream.to(hidden))
+        return hidden.detach().cpu(), grad.cpu()
+
+    exact = copy.deepcopy(master).double()
+    truth = outcome(exact, separate_hidden(exact, rows))
+    stock = copy.deepcopy(master).to("cuda", dtype)
+    separate = [stock.base_model(torch.tensor([row], device="cuda")) for row in rows]
+    eager = outcome(stock, torch.cat([out.last_hidden_state[0] for out in separate]))
+    policy = Policy(copy.deepcopy(master).to("cuda", dtype), attn=attn)
+    ours = outcome(policy.model, policy.hidden(pack(rows, device="cuda")))
+    for name, t, e, o in zip(("hidden", "gradient"), truth, eager, ours, strict=True):
+        assert norm_error(o, t) <= 2 * norm_error(e, t) + 1e-5, name
+
+
+@pytest.mark.gpu
+def test_packed_flash_backends_do_not_wait_for_the_device(make_tiny_model):
+    policy = Policy(make_tiny_model("qwen3").to("cuda", torch.bfloat16), attn="varlen")
+    packed = pack(ragged_rows(), device="cuda")
+    policy.hidden(packed)  # the proof does wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        policy.hidden(packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -15,6 +15,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from tercet.engine.attention import choose_backend
@@ -66,6 +68,20 @@ def test_rows_longer_than_the_positions_are_refused(make_tiny_model):
     policy.hidden(pack([[1] * 16]))
     with pytest.raises(ValueError, match=r"at most 16 tokens long .*got 17"):
         policy.hidden(pack([[1, 2], [1] * 17]))
+
+
+def test_rotary_scaling_that_depends_on_the_batch_is_limited():
+    rope = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 1e4}
+    config = Phi3Config(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
+        max_position_embeddings=64, original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", **rope},
+    )  # fmt: skip
+    policy = Policy(Phi3ForCausalLM(config).eval())
+    policy.hidden(pack([[1] * 16, [2]]))
+    with pytest.raises(ValueError, match=r"at most 16 tokens long .*got 17"):
+        policy.hidden(pack([[1] * 17, [2]]))
 
 
 @pytest.mark.parametrize("bad", [-1, 384])

@@ -319,3 +319,34 @@ def test_diverged_weights_are_named(tiny_policy):
         tiny_policy.model.base_model.norm.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="log-probs must be finite, got nan"):
         TransformersSampler(tiny_policy).sample(make_requests())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=str
+)
+def test_on_cuda_logp_and_embedding_equal_score(dtype, tolerance, make_tiny_model):
+    policy = Policy(make_tiny_model("qwen3").to("cuda", dtype))
+    requests = make_requests()
+    completions = TransformersSampler(policy).sample(requests)
+    packed = pack(
+        [r.prompt_ids for r in requests],
+        [c.ids for c in completions],
+        pool_from=[r.pool_from for r in requests],
+        device="cuda",
+    )
+    temperatures = torch.tensor([r.params.temperature for r in requests], device="cuda")
+    with torch.no_grad():
+        scored = score(
+            policy,
+            packed,
+            temperature=temperatures[packed.row_of_token()[packed.loss_mask]],
+            embed=True,
+        )
+    got = torch.tensor([value for c in completions for value in c.logp], device="cuda")
+    assert (got - scored.logp).abs().mean() < tolerance
+    assert scored.embedding is not None
+    for completion, embedding in zip(completions, scored.embedding, strict=True):
+        if completion.embedding is not None:
+            limit = 10 * tolerance
+            torch.testing.assert_close(completion.embedding, embedding, rtol=limit, atol=limit)
