@@ -115,11 +115,16 @@ class Pairs:
 
 
 def worked_answer(answer: str) -> str:
-    """The steps of a worked answer: without calculator marks, without the line of the result.
+    """The steps of a worked answer in one paragraph: no calculator marks, no line of the result.
 
     The line ("#### 18") repeats what the last step says in words.
     """
-    return FINAL_LINE.sub("", CALCULATOR_MARK.sub("", answer)).strip()
+    return one_paragraph(FINAL_LINE.sub("", CALCULATOR_MARK.sub("", answer)))
+
+
+def one_paragraph(text: str) -> str:
+    """The text with single spaces and nothing else between its words."""
+    return " ".join(text.split())
 
 
 def read_pairs(path: str, num_train: int, *, split_seed: int = 0) -> Pairs:
@@ -129,7 +134,9 @@ def read_pairs(path: str, num_train: int, *, split_seed: int = 0) -> Pairs:
         FileNotFoundError, ValueError: as `read_rows`; too few rows; an answer without a step.
     """
     rows = read_rows(path, required=("question", "answer"))
-    pairs = [(str(row["question"]).strip(), worked_answer(str(row["answer"]))) for row in rows]
+    pairs = [
+        (one_paragraph(str(row["question"])), worked_answer(str(row["answer"]))) for row in rows
+    ]
     empty = [rows.where(i) for i, pair in enumerate(pairs) if not all(pair)]
     if empty:
         raise ValueError(

@@ -35,10 +35,10 @@ COMMON = 0.1  # share of the texts above which a word (not a number) tells nothi
 class ScratchModel:
     """Sizes of a Qwen3 with tied embeddings, float32."""
 
-    vocab_size: int = 2048  # of a byte-level BPE; digits are tokens of their own
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_hidden_layers: int = 4
+    vocab_size: int = 4096  # of a byte-level BPE
+    hidden_size: int = 96
+    intermediate_size: int = 288
+    num_hidden_layers: int = 3
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     max_position_embeddings: int = 512
@@ -96,12 +96,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     if not texts:
         raise ValueError("build_tokenizer: there must be texts, got none")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -195,9 +190,13 @@ class RationaleModelling:
         self._epochs = Epochs(len(self.rows), config.fit.seed)
 
     def rationale_ids(self, words: Sequence[str]) -> list[int]:
-        """Tokens of a rationale, its end token included."""
-        tokenizer = self.prompt.tokenizer
-        ids = tokenizer.encode(" ".join(words), add_special_tokens=False)
+        """Tokens of a rationale, its end token included.
+
+        Every word has a space before it, the first one too, so that its tokens are those of the
+        text and copying is all there is to learn.
+        """
+        told = "".join(f" {word}" for word in words)
+        ids = self.prompt.tokenizer.encode(told, add_special_tokens=False)
         return [*ids, CONTROL.index(END)]
 
     def backward(self, step: int) -> dict[str, float]:

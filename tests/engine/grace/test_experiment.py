@@ -65,7 +65,7 @@ def config(data, tmp_path):
 
 def test_marks_and_the_line_of_the_result_are_removed():
     answer = "She sells 16 - 3 = <<16-3=13>>13 eggs.\nShe makes $<<13*2=26>>26.\n#### 26"
-    assert worked_answer(answer) == "She sells 16 - 3 = 13 eggs.\nShe makes $26."
+    assert worked_answer(answer) == "She sells 16 - 3 = 13 eggs. She makes $26."
     assert worked_answer("no marks #### here\n#### 1,234\n") == "no marks #### here"
     assert worked_answer("#### 5") == ""
 

@@ -41,12 +41,18 @@ def objective(tokenizer, **changes):
     return RationaleModelling(policy, PAIRS, prompt, config)
 
 
-def test_tokenizer_splits_digits_and_gives_text_back(tokenizer):
+def test_tokenizer_gives_text_back(tokenizer):
     text = "Martha’s 1234 plums <|im_end|> ü"
-    ids = tokenizer.encode("1234", add_special_tokens=False)
-    assert [tokenizer.decode([i]) for i in ids] == ["1", "2", "3", "4"]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(END) == [tokenizer.eos_token_id] == [2]
+
+
+def test_words_of_a_rationale_have_the_tokens_they_have_in_a_text(tokenizer):
+    modelling = objective(tokenizer)
+    in_text = tokenizer.encode(" Martha has 12 plums", add_special_tokens=False)
+    first, *_ = modelling.rationale_ids(["Martha", "plums"])
+    assert first == in_text[0]
+    assert modelling.rationale_ids(["Martha", "plums"])[-1] == tokenizer.eos_token_id
 
 
 def test_model_ends_where_the_tokenizer_says_and_depends_on_its_seed(tokenizer):
