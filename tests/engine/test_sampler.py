@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tercet.engine.decode import GrowingLayer, Rules, draw, prefill
+from tercet.engine.decode import GrowingLayer, Rules, draw, prefill, wide_head, wide_logits
 from tercet.engine.model import Policy, score
 from tercet.engine.records import Completion, Request, SamplingParams, pack
 from tercet.engine.sampler import TransformersSampler
@@ -81,6 +81,16 @@ def test_bfloat16_logp_equals_score(how, make_tiny_model):
         if completion.embedding is not None:
             assert completion.embedding.dtype == torch.float32
             torch.testing.assert_close(completion.embedding, embedding, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_never_rounded_to_half(dtype, make_tiny_model):
+    policy = Policy(make_tiny_model("llama", hidden_size=64).to(dtype))
+    hidden, weight = torch.randn(5, 64).to(dtype), policy.head().weight
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = wide_logits(hidden, wide_head(policy))
+    exact = hidden.double() @ weight.double().T
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_ends_at_an_end_token_or_the_limit_and_pools_the_last_token(tiny_policy):
