@@ -18,23 +18,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from tercet.engine.config import load_config, to_yaml
-from tercet.engine.demo.config import GraceDemoConfig, PretrainConfig
+from tercet.engine.demo.config import GraceDemoConfig
+from tercet.engine.demo.measure import read_with_rationales, read_without_rationales
 from tercet.engine.demo.results import DemoResults, Reading, Sample, read_results
 from tercet.engine.demo.show import show_results
 from tercet.engine.demo.tiny import SYSTEM_PROMPT, one_thread, pretrain
-from tercet.engine.demo.world import Text, World, write_triples
+from tercet.engine.demo.world import World, write_triples
 from tercet.engine.environment import environment
 from tercet.engine.files import replace_text
 from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive
 from tercet.engine.grace.config import GraceConfig, GraceData
 from tercet.engine.grace.data import load_dataset
 from tercet.engine.grace.encoder import GraceEncoder
-from tercet.engine.grace.evaluate import anisotropy, distinct_share, retrieval_metrics
 from tercet.engine.grace.fit import FitConfig
 from tercet.engine.grace.rewards import Form, RewardConfig
 from tercet.engine.grace.train import train
@@ -82,8 +81,10 @@ class GraceDemo:
         folder = self.folder / "base"
         facts = folder / "pretrain.json"
         if not facts.exists():
-            settings = self.config.pretrain or PretrainConfig(seed=self.config.seed)
-            made = pretrain(self.world, settings, progress=self._tell_accuracy)
+            config = self.config
+            made = pretrain(
+                self.world, config.pretrain, seed=config.seed, progress=self._tell_accuracy
+            )
             made.policy.save(folder)
             text = json.dumps({"steps": made.steps, "accuracy": made.accuracy})
             replace_text(facts, text + "\n")
@@ -101,6 +102,7 @@ class GraceDemo:
                 max_steps=config.max_steps,
                 seed=config.seed,
                 learning_rate=config.learning_rate,
+                warmup_steps=config.warmup_steps,
                 logging_steps=config.logging_steps,
                 eval_steps=config.logging_steps,
                 save_steps=50,
@@ -132,6 +134,7 @@ class GraceDemo:
                 max_steps=config.max_steps,
                 seed=config.seed,
                 learning_rate=config.contrastive_learning_rate,
+                warmup_steps=config.warmup_steps,
                 logging_steps=config.logging_steps,
                 save_total_limit=1,
             ),
@@ -144,7 +147,7 @@ class GraceDemo:
             train_contrastive(policy, rows, settings, log)
         return checkpoint
 
-    def read(self, model: str, path: Path, *, generate: bool) -> tuple[Reading, list[str]]:
+    def read(self, model: str, path: Path) -> tuple[Reading, list[str]]:
         """One row of the table, and the rationales of the first sampling."""
         encoder = GraceEncoder.from_pretrained(
             path,
@@ -153,36 +156,15 @@ class GraceDemo:
             system_prompt=SYSTEM_PROMPT,
             max_batch_size=256,
         )
-        sentences = [text.text for text in self.texts]
-        if not generate:
-            vectors = encoder.encode(sentences, generate=False).vectors
-            return Reading(model=model, **_spread(vectors, self.texts)), []
-        budget = self.config.max_completion_length
-        greedy = encoder.encode(sentences, max_completion_length=budget)
-        sampled = [
-            encoder.encode(sentences, max_completion_length=budget, temperature=1.0, seed=seed)
-            for seed in range(self.config.eval_repeats)
-        ]
-        measures = [
-            {
-                **_spread(encoded.vectors, self.texts),
-                "names_topic": self._names_topic(encoded.rationales),
-                "distinct": distinct_share(encoded.rationales),
-                "truncated": encoded.num_truncated / len(encoded),
-            }
-            for encoded in sampled
-        ]
-        means = {key: sum(m[key] for m in measures) / len(measures) for key in measures[0]}
-        found = _spread(greedy.vectors, self.texts)["recall_at_1"]
-        reading = Reading(model=model, recall_at_1_greedy=found, **means)
-        return reading, sampled[0].rationales
-
-    def _names_topic(self, rationales: Sequence[str]) -> float:
-        right = [
-            self.world.topics_named(rationale) == {text.topic}
-            for rationale, text in zip(rationales, self.texts, strict=True)
-        ]
-        return sum(right) / len(right)
+        if model in ("base", "infonce"):
+            return read_without_rationales(model, encoder, self.texts), []
+        return read_with_rationales(
+            model,
+            encoder,
+            self.world,
+            max_completion_length=self.config.max_completion_length,
+            repeats=self.config.eval_repeats,
+        )
 
     def _data(self) -> GraceData:
         return GraceData(
@@ -235,7 +217,7 @@ def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
     console.rule("2  GRACE, the paper's reward: watch eval/distinct_share")
     with watch.stage("paper"):
         paths["paper"] = demo.train_grace("paper")
-    console.rule("3  GRACE, the repaired reward: the document itself is pushed away from others")
+    console.rule("3  GRACE, the repaired reward: what is written pays for being like others")
     with watch.stage("document"):
         paths["document"] = demo.train_grace("document")
     console.rule("4  InfoNCE: no rationale, gradient through the embedding")
@@ -243,10 +225,7 @@ def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
         paths["infonce"] = demo.train_infonce()
     console.rule("5  Held-out texts")
     with watch.stage("evaluate"):
-        read = {
-            model: demo.read(model, path, generate=model not in ("base", "infonce"))
-            for model, path in paths.items()
-        }
+        read = {model: demo.read(model, path) for model, path in paths.items()}
     with watch.stage("report"):
         write_report(demo.folder)
     return DemoResults(
@@ -297,15 +276,6 @@ def _claim(folder: Path, config: GraceDemoConfig) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(settings, text)
-
-
-def _spread(vectors: torch.Tensor, texts: Sequence[Text]) -> dict[str, float]:
-    """Retrieval of documents by queries, a hit being the same topic, and the documents' cosine."""
-    topic = torch.tensor([text.topic for text in texts])
-    query = torch.tensor([text.side == "query" for text in texts])
-    relevant = topic[query][:, None] == topic[~query][None, :]
-    found = retrieval_metrics(vectors[query], vectors[~query], relevant)
-    return {"recall_at_1": found["hit@1"], "mean_cosine": anisotropy(vectors[~query])}
 
 
 def main(argv: Sequence[str], prog: str) -> int:

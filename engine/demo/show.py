@@ -25,7 +25,7 @@ COLUMNS = {
     "truncated": "cut\noff",
 }
 LEGEND = """\
-recall@1     queries whose best document is of their topic
+recall@1     queries whose best document is of their topic; chance: 0.025
 greedy       the same with greedy rationales; all else samples at temperature 1
 names topic  rationales that name the right topic and no other
 distinct     different rationales / rationales; one sentence for all: 0.003

@@ -112,12 +112,12 @@ class _Batch:
 class Pretrainer:
     """Draws batches from the world and takes supervised steps on them."""
 
-    def __init__(self, world: World, policy: Policy, config: PretrainConfig) -> None:
+    def __init__(self, world: World, policy: Policy, config: PretrainConfig, seed: int) -> None:
         tokenizer = policy.tokenizer
         if tokenizer is None:
             raise ValueError("Pretrainer: policy must have a tokenizer, got none")
         self.world, self.policy, self.config = world, policy, config
-        self.rng = random.Random(f"pretrain {config.seed}")
+        self.rng = random.Random(f"pretrain {seed}")
         self.prompt = PromptBuilder(
             tokenizer, max_prompt_length=MAX_LENGTH, system_prompt=SYSTEM_PROMPT
         )
@@ -208,26 +208,30 @@ def pretrain(
     world: World,
     config: PretrainConfig,
     *,
+    seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> Pretrained:
     """A tokenizer and a tiny model that know the world and write mostly vague rationales.
 
     Args:
+        world: whose corpus makes the tokenizer.
+        config: see `PretrainConfig`.
+        seed: of the weights and of the texts.
         progress: called with the step and the accuracy after every step of the clean part.
 
     Raises:
         RuntimeError: `config.accuracy` is not reached within `config.max_steps`.
     """
     started = time.monotonic()
-    policy = build_policy(build_tokenizer(world.corpus()), seed=config.seed)
-    trainer = Pretrainer(world, policy, config)
+    policy = build_policy(build_tokenizer(world.corpus()), seed=seed)
+    trainer = Pretrainer(world, policy, config, seed)
     policy.model.train()
     accuracy, steps = 0.0, 0  # accuracy: exponential mean over the last ten batches or so
     while accuracy < config.accuracy:
         if steps == config.max_steps:
             raise RuntimeError(
                 f"pretrain: accuracy must reach {config.accuracy} within {config.max_steps} steps, "
-                f"got {accuracy:.2f}; raise max_steps or take another seed than {config.seed}"
+                f"got {accuracy:.2f}; raise max_steps or take another seed than {seed}"
             )
         steps += 1
         warm = min(1.0, steps / config.warmup_steps)

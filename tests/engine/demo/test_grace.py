@@ -166,11 +166,12 @@ def test_repaired_form_learns_and_paper_form_collapses(tmp_path):
     """Lowest and highest seen over seeds 0, 1, 2 at 100 steps stand in docs/grace.md."""
     config = GraceDemoConfig(output_dir=str(tmp_path / "demo"), max_steps=40, eval_repeats=1)
     results = run_demo(config, console=Console(file=io.StringIO()))
-    base, paper = results.reading("base_reasoning"), results.reading("paper")
-    repaired = results.reading("document")
+    base, paper, repaired = (results.reading(m) for m in ("base_reasoning", "paper", "document"))
     assert repaired.recall_at_1 > base.recall_at_1 + 0.3
-    assert repaired.names_topic > 0.5 > 0.35 > base.names_topic
-    assert repaired.distinct > 0.6
-    assert paper.distinct < 0.3
+    assert (repaired.names_topic or 0) > 0.5
+    assert (base.names_topic or 1) < 0.35
+    assert (repaired.distinct or 0) > 0.6
+    assert (paper.distinct or 1) < 0.3
+    assert paper.names_topic is not None
     assert paper.names_topic < 0.1
-    assert results.pretrain_accuracy >= 0.85
+    assert results.pretrain_accuracy >= 0.93
