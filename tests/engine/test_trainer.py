@@ -115,6 +115,35 @@ class Recorder:
         return [Completion(ids=c.ids, logp=c.logp, finished=c.finished) for c in self.given[-1]]
 
 
+class FlatFirstGroup(LikesOneToken):
+    """Pays group 0 evenly and the others by the first token, so that every group differs."""
+
+    def rewards(self, rollouts):
+        rows = rollouts.rows("rollout")
+        first = torch.tensor([float(rollouts.completions[i].ids[0]) for i in rows])
+        flat = torch.tensor([rollouts.requests[i].group == 0 for i in rows])
+        return Rewards(total=torch.where(flat, 1.0, first))
+
+
+def test_dapo_takes_groups_without_spread_out_of_the_token_mean(make_tiny_model, tmp_path):
+    norms = []
+    for settings in ({"scale_rewards": "group"}, {"advantage_estimator": "dapo"}):
+        policy = Policy(make_tiny_model("qwen3"))
+        policy.model.generation_config.eos_token_id = None  # all have 6 tokens
+        folder = tmp_path / str(len(norms))
+        metrics = make_trainer(policy, FlatFirstGroup(), folder, **settings).train()
+        assert metrics["frac_reward_zero_std"] == 0.25
+        assert metrics["rows_left_out"] == 4
+        norms.append(metrics["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0] * 4 / 3, rel=1e-5)
+
+
+def test_the_schedule_reaches_the_optimiser(policy, tmp_path):
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path, max_steps=2, warmup_steps=8)
+    assert trainer.train()["learning_rate"] == 1e-2 * 2 / 8
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2 * 2 / 8
+
+
 @dataclass
 class Answers:
     """A sampler that is a function."""

@@ -1,5 +1,7 @@
 """One optimiser step against a plain one: full logits, row by row, no packing, float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -224,3 +226,50 @@ def test_scoring_gives_old_log_probs_only_off_policy(policy):
             torch.testing.assert_close(old, torch.tensor(row.logp).double(), rtol=0, atol=1e-6)
             assert torch.equal(old, ref)
             assert not old.requires_grad
+
+
+def forward_passes(policy) -> list:
+    """Grows by one at every pass through the model."""
+    policy.prove_isolation()
+    passes = []
+    policy.model.model.norm.register_forward_hook(lambda *args: passes.append(1))
+    return passes
+
+
+def pooled_rollouts(policy, *, embedding) -> Rollouts:
+    """The four rollouts, then a greedy query of another role, all to be pooled from token 1 on."""
+    batch = make_batch(policy)
+    query = Request(
+        prompt_ids=[50, 51, 52], params=SamplingParams(temperature=0.0), role="query", pool_from=1
+    )
+    answer = Completion(ids=[60, 61], logp=[-1.0, -1.0], finished=True)
+    requests = [replace(request, pool_from=1) for request in batch.requests]
+    return Rollouts(
+        requests=[*requests, query],
+        completions=[replace(c, embedding=embedding) for c in (*batch.completions, answer)],
+    )
+
+
+def test_nothing_is_scored_on_policy_when_the_sampler_has_pooled(policy):
+    rollouts = pooled_rollouts(policy, embedding=torch.ones(32))
+    passes = forward_passes(policy)
+    scored = score_rollouts(policy, None, rollouts, TrainConfig())
+    assert passes == []
+    assert scored.rollouts == rollouts
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2], ids=["on-policy", "off-policy"])
+def test_one_pass_gives_old_log_probs_and_missing_embeddings(policy, mini_batches):
+    rollouts = pooled_rollouts(policy, embedding=None)
+    passes = forward_passes(policy)
+    scored = score_rollouts(policy, None, rollouts, TrainConfig(mini_batches=mini_batches))
+    assert len(passes) == 1
+    assert (scored.old_logp is None) == (mini_batches == 1)
+    if scored.old_logp is not None:
+        assert [len(row) for row in scored.old_logp] == [3, 7, 1, 4]
+    pairs = zip(rollouts.requests, scored.rollouts.completions, strict=True)
+    for request, completion in pairs:
+        ids = torch.tensor([request.prompt_ids + completion.ids])
+        hidden = policy.model.model(input_ids=ids, use_cache=False).last_hidden_state[0, 1:]
+        assert completion.embedding is not None
+        torch.testing.assert_close(completion.embedding, hidden.mean(0).detach())
