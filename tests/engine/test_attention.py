@@ -1,6 +1,7 @@
 """Attention over packed rows: equal to separate forwards, and proven so before it is used."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -136,6 +137,24 @@ def test_stock_attention_leaks_and_is_refused(make_tiny_model):
         policy.hidden(pack(ragged_rows()))
     with pytest.raises(RuntimeError):  # a refusal is not remembered as a proof
         policy.hidden(pack(ragged_rows()))
+
+
+def test_a_leak_below_the_rounding_limit_is_refused(make_tiny_model):
+    """A model that hardly attends: packed is close to separate, but a row still sees the others."""
+    model = make_tiny_model("llama")
+    for layer in model.base_model.layers:
+        layer.self_attn.o_proj.weight.data.mul_(2e-5)
+    policy = Policy(model)
+    with_attention_that_ignores_the_layout(model)
+    with pytest.raises(RuntimeError) as refusal:
+        policy.prove_isolation()
+    found = re.search(
+        r"error (\S+) \(limit (\S+)\) and leak between rows (\S+);", str(refusal.value)
+    )
+    assert found is not None
+    error, limit, leak = map(float, found.groups())
+    assert error < limit
+    assert leak > 1e-5
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     CohereConfig,
     CohereForCausalLM,
@@ -17,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from tercet.engine.attention import choose_backend
@@ -51,6 +54,11 @@ def test_models_that_are_no_causal_lm_are_refused():
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ValueError, match="causal language model with a head, got BertModel"):
         Policy(BertModel(config))
+    with pytest.raises(ValueError, match="got BertForMaskedLM"):  # has a head, reads both ways
+        Policy(BertForMaskedLM(config))
+    t5 = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="got T5ForConditionalGeneration"):
+        Policy(T5ForConditionalGeneration(t5))
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         Policy(nn.Linear(2, 2))  # type: ignore[arg-type]
 
