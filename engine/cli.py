@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     found = find_command(argv)
     if found is None:
-        words = [w for w in argv[:2] if not w.startswith("-")]
+        words = argv[:2]
         near = difflib.get_close_matches(" ".join(words), COMMANDS, n=1, cutoff=0.0)[0]
         sys.stderr.write(
             f"tercet: there is no command '{' '.join(words)}'; did you mean '{near}'?\n"

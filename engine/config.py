@@ -76,10 +76,9 @@ def _load(path: str | Path) -> dict:
 
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _yaml_loader())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"read_yaml: {path} must be a readable YAML file, got: {error}"
-        ) from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(f"read_yaml: {path} must be a readable YAML file, got: {what}") from error
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(
@@ -118,7 +117,7 @@ def _validated(annotation: Any, value: object, where: str) -> object:
 
     try:
         return pydantic.TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
-    except (pydantic.ValidationError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:  # ValidationError is a ValueError
         raise ConfigError(f"read_yaml: {_readable(error, where)}") from error
 
 

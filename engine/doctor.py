@@ -9,7 +9,14 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "datasets", "flash-attn")
-OPS = ("masked_mean", "segment_mean", "contrastive_reward", "token_logp", "linear_logp")
+OPS = (
+    "masked_mean",
+    "segment_mean",
+    "contrastive_reward",
+    "token_logp",
+    "linear_logp",
+    "policy_loss",
+)
 
 
 def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:

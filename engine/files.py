@@ -29,12 +29,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except ValueError as error:
             raise ValueError(
-                f"read_jsonl: {path}:{number} must be a JSON object, "
-                f"got {line[:80]!r} ({error.msg})"
+                f"read_jsonl: {path}:{number} must be a JSON object, got {line[:80]!r} ({error})"
             ) from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"read_jsonl: {path}:{number} must be a JSON object, got {line[:80]!r}"
+            )
+        rows.append(row)
     return rows
 
 
@@ -50,9 +54,10 @@ def rewind_jsonl(path: Path, *, last_step: int | None) -> int:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new one, never half of it."""
+    data = text.encode("utf-8", "replace")  # half a surrogate pair becomes "?"
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import json
 import math
 import sys
@@ -31,6 +32,8 @@ th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(-
 th.n, td.n { text-align: right; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { background: var(--wash); padding: .8rem; border-radius: 8px; overflow-x: auto;
   font-size: .8rem; } details > summary { cursor: pointer; color: var(--soft); }
+.wide { overflow-x: auto; } td.t { min-width: 14rem; }
+.note { color: var(--soft); margin: .3rem 0; }
 .warn { background: #fff6e5; border: 1px solid #f0d9a8; border-radius: 8px;
   padding: .5rem .8rem; margin: .4rem 0; }
 """
@@ -43,6 +46,14 @@ class Panel:
     title: str
     hint: str
     shows: Callable[[str], bool]
+
+
+RETRIEVAL = "Retrieval on held-out texts"
+QUALITY = ("recall@1", "recall@10", "ndcg@10", "mrr", "sts_spearman")
+
+
+def _last(key: str) -> str:
+    return key.rsplit("/", 1)[-1]
 
 
 def _is_part(key: str) -> bool:
@@ -58,15 +69,29 @@ PANELS = (
         "a component at zero is cancelled by the baseline: it teaches nothing",
         lambda k: k.endswith("_spread") or k in ("reward/std", "reward/spread"),
     ),
-    Panel("Retrieval on held-out texts", "", lambda k: k.startswith("eval/")),
+    Panel(RETRIEVAL, "", lambda k: k.startswith("eval/") and _last(k) in QUALITY),
+    Panel(
+        "Collapse on held-out texts",
+        "distinct rationales falling, or anisotropy (mean cosine) rising, to 1 text for all",
+        lambda k: k in ("eval/distinct_share", "eval/anisotropy"),
+    ),
     Panel("Completion length", "tokens", lambda k: k.startswith("completions/") and "length" in k),
-    Panel("Truncated completions", "share cut off by the limit", lambda k: "truncated" in k),
+    Panel(
+        "Truncated completions",
+        "share cut off by the limit",
+        lambda k: k == "completions/clipped_ratio",
+    ),
     Panel("Entropy", "nats per token; a fall to zero is a collapse", lambda k: "entropy" in k),
-    Panel("KL", "nats per token", lambda k: k.split("/")[-1] == "kl" or "mismatch" in k),
-    Panel("Loss", "", lambda k: k in ("loss", "policy/loss", "train/loss")),
+    Panel("KL", "to the reference, nats per token", lambda k: _last(k) == "kl"),
+    Panel(
+        "Sampler against trainer",
+        "difference of their log-probs, nats",
+        lambda k: _last(k).startswith("logp_mismatch"),
+    ),
+    Panel("Loss", "", lambda k: k == "loss"),
     Panel("Gradient norm", "before clipping", lambda k: "grad_norm" in k),
     Panel("Seconds per phase", "", lambda k: k.startswith("time/")),
-    Panel("Throughput", "tokens per second", lambda k: "tokens_per_s" in k or "tok_s" in k),
+    Panel("Throughput", "tokens per second", lambda k: "tokens_per_s" in k),
 )
 
 
@@ -82,19 +107,32 @@ class Run:
     env: dict
 
 
+LARGEST = 1e30  # a metric beyond it cannot be drawn
+
+
+def _step(record: dict, where: Path) -> int:
+    step = record.get("step", 0)
+    if not isinstance(step, int):
+        raise ValueError(
+            f"report: the step of a record must be an integer, got {step!r} in {where}"
+        )
+    return step
+
+
 def load_run(folder: Path) -> Run:
     """Reads a run folder.
 
     Raises:
         FileNotFoundError: no metrics.jsonl in it.
+        ValueError: a record that is not an object, or whose step is not an integer.
     """
     if not (folder / "metrics.jsonl").exists():
         raise FileNotFoundError(f"report: {folder} must be a run folder, but has no metrics.jsonl")
     metrics: dict[str, Series] = {}
     for record in read_jsonl(folder / "metrics.jsonl"):
         for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
-                metrics.setdefault(key, {})[record["step"]] = float(value)
+            if key != "step" and is_number(value) and abs(value) < LARGEST:
+                metrics.setdefault(key, {})[_step(record, folder)] = float(value)
     config, env = folder / "config.yaml", folder / "env.json"
     return Run(
         name=folder.name,
@@ -106,35 +144,57 @@ def load_run(folder: Path) -> Run:
     )
 
 
+def _points(series: Series) -> list[tuple[int, float]]:
+    return [(step, value) for step, value in sorted(series.items()) if math.isfinite(value)]
+
+
 def plot(panel: Panel, runs: Sequence[Run]) -> str | None:
-    """The panel as an SVG element; None when no run has such a metric."""
+    """The panel as an SVG element: a colour per metric, a line style per run.
+
+    None when no run has such a metric.
+    """
     from matplotlib import rc_context
+
+    # Text stays text (smaller, searchable), and a "$" in a name stays a "$".
+    with rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+        return _draw(panel, runs)
+
+
+def _draw(panel: Panel, runs: Sequence[Run]) -> str | None:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.0, 2.9), layout="constrained")
+    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    several = len(runs) > 1
-    for run in runs:
-        for key in sorted(filter(panel.shows, run.metrics)):
-            series = run.metrics[key]
-            points = [(s, v) for s, v in sorted(series.items()) if math.isfinite(v)]
+    keys = sorted({key for run in runs for key in filter(panel.shows, run.metrics)})
+    several = sum(any(map(panel.shows, run.metrics)) for run in runs) > 1
+    for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-."))):
+        for key, colour in zip(keys, itertools.cycle(colormaps["tab10"].colors)):  # type: ignore
+            points = _points(run.metrics.get(key, {}))
             if not points:
                 continue
             label = key.split("/", 1)[-1]
             steps, values = zip(*points, strict=True)
-            marker = "o" if len(points) < 30 else None
-            label = f"{run.name}: {label}" if several else label
-            axes.plot(steps, values, label=label, marker=marker, markersize=3, linewidth=1.4)
+            axes.plot(
+                steps,
+                values,
+                style,
+                color=colour,
+                label=f"{run.name}: {label}" if several else label,
+                marker="o" if len(points) < 30 else None,
+                markersize=3,
+                linewidth=1.3,
+            )
     if not axes.lines:
         return None
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(axes.lines) > 1 or several:
-        axes.legend(fontsize=8, frameon=False)
+    if len(axes.lines) > 1:
+        columns = 2 if len(axes.lines) > 3 else 1
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):  # text stays text: smaller, searchable
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]
 
@@ -160,7 +220,8 @@ def cell(value: object) -> str:
     """A table cell; numbers are aligned and shortened."""
     if is_number(value):
         return f'<td class="n">{value:.4g}</td>'
-    return f"<td>{html.escape(str(value))}</td>"
+    text = str(value)
+    return f"<td{' class=t' if len(text) > 24 else ''}>{html.escape(text)}</td>"
 
 
 def head_cell(column: str, rows: Sequence[dict]) -> str:
@@ -174,46 +235,55 @@ def table(rows: Sequence[dict]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(head_cell(column, rows) for column in columns)
     body = "".join(f"<tr>{''.join(cell(row.get(c, '')) for c in columns)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def last_values(runs: Sequence[Run]) -> str:
-    """First and last value of the metrics that people ask for first."""
-    wanted = [p for p in PANELS if p.title in ("Reward", "Retrieval on held-out texts", "Entropy")]
-    rows = []
-    for run in runs:
-        for key in sorted(k for k in run.metrics if any(p.shows(k) for p in wanted)):
-            series = run.metrics[key]
-            first, last = min(series), max(series)
-            row: dict[str, object] = {"run": run.name} if len(runs) > 1 else {}
-            rows.append(row | {"metric": key, "first": series[first], "last": series[last]})
+    """First and last value of the metrics that people ask for first, one column per run."""
+    titles = ("Reward", RETRIEVAL, "Collapse on held-out texts", "Entropy")
+    wanted = [panel for panel in PANELS if panel.title in titles]
+    keys = [
+        key for p in wanted for key in sorted({k for r in runs for k in r.metrics if p.shows(k)})
+    ]
+    rows = [
+        {"metric": key} | {run.name: _first_and_last(run.metrics.get(key, {})) for run in runs}
+        for key in keys
+    ]
     return table(rows) if rows else "<p>No metrics yet.</p>"
+
+
+def _first_and_last(series: Series) -> str:
+    points = _points(series)
+    return f"{points[0][1]:.3g} → {points[-1][1]:.3g}" if points else ""
 
 
 def samples_html(run: Run, count: int = 6) -> str:
     """Samples of the first and of the last step that wrote some."""
     if not run.samples:
         return "<p>No samples were written.</p>"
-    steps = sorted({row.get("step", 0) for row in run.samples})
+    steps = sorted({_step(row, Path(run.name)) for row in run.samples})
     parts = []
     for step in dict.fromkeys((steps[0], steps[-1])):
         rows = [dict(row) for row in run.samples if row.get("step", 0) == step][:count]
         for row in rows:
             row.pop("step", None)
-        parts.append(f"<h3>Step {step}</h3>{table(rows)}")
+        parts.append(f"<h3>Step {html.escape(str(step))}</h3>{table(rows)}")
     return "".join(parts)
 
 
 def run_html(run: Run) -> str:
-    """What concerns one run: warnings, samples, settings, machine."""
-    warnings = "".join(
-        f'<div class="warn">step {event.get("step", "?")}: '
+    """What concerns one run: what was told, samples, settings, machine."""
+    events = "".join(
+        f'<div class="{"warn" if event.get("kind") == "warning" else "note"}">'
+        f"step {html.escape(str(event.get('step', '?')))}: "
         f"{html.escape(str(event.get('message', event)))}</div>"
         for event in run.events
     )
     env = json.dumps(run.env, indent=2, ensure_ascii=False)
     return (
-        f"<h2>{html.escape(run.name)}</h2>{warnings}{samples_html(run)}"
+        f"<h2>{html.escape(run.name)}</h2>{events}{samples_html(run)}"
         f"<details><summary>Settings</summary><pre>{html.escape(run.config)}</pre></details>"
         f"<details><summary>Machine and versions</summary><pre>{html.escape(env)}</pre></details>"
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +41,17 @@ def encode(argv: Sequence[str], prog: str) -> int:
     folder = Path(config.output_dir)
     if folder.exists():
         raise FileExistsError(f"encode: output_dir must be new, got {folder}; name another")
-    rows = read_rows(config.input, required=[config.column])
+    rows = read_rows(config.input)
     texts = [
-        check_text("encode", config.column, row[config.column], rows.where(i))
+        check_text("encode", config.column, row.get(config.column), rows.where(i))
         for i, row in enumerate(rows)
     ]
 
     from safetensors.torch import save_file
 
     encoder = _encoder(config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     encoded = encoder.encode(
         texts,
         generate=config.generate,
@@ -58,9 +60,6 @@ def encode(argv: Sequence[str], prog: str) -> int:
         seed=config.seed,
         normalize=config.normalize,
     )
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
     save_file({"vectors": encoded.vectors.cpu()}, partial / "vectors.safetensors")
     lines = [
         json.dumps({"text": text, "rationale": rationale}, ensure_ascii=False) + "\n"
@@ -103,12 +102,14 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
             f"eval: there must be at least two held-out rows with a query, got {len(pairs)}; "
             "raise data.test_fraction or set data.test_path, with data.mode supervised"
         )
+    sts = None if config.sts is None else _read_sts(config.sts)
     encoder = _encoder(config)
     documents = [document for _, document in pairs]
     loss = held_out_loss(encoder.policy, documents)
     for generate in (False, True):
         measures = _retrieval(encoder, pairs, config, generate=generate)
-        measures |= _sts(encoder, config, generate=generate)
+        if sts is not None:
+            measures["sts_spearman"] = _sts(encoder, sts, _options(config, generate=generate))
         line = {"rationales": generate, **measures, "held_out_loss_nats": loss}
         sys.stdout.write(json.dumps(line) + "\n")
     return 0
@@ -154,24 +155,27 @@ def _retrieval(
     return measures
 
 
-def _sts(encoder: GraceEncoder, config: EvalConfig, *, generate: bool) -> dict[str, float]:
-    if config.sts is None:
-        return {}
+def _read_sts(path: str) -> tuple[list[str], list[str], list[float]]:
+    """Both sides of every pair, and their scores."""
+    rows = read_rows(path, required=["sentence1", "sentence2"])
+    scores = [_number(row.get("score"), rows.where(i)) for i, row in enumerate(rows)]
+    return [str(r["sentence1"]) for r in rows], [str(r["sentence2"]) for r in rows], scores
+
+
+def _sts(
+    encoder: GraceEncoder,
+    pairs: tuple[list[str], list[str], list[float]],
+    options: dict[str, Any],
+) -> float:
     import torch
 
     from tercet.engine.grace.evaluate import sts_spearman
 
-    rows = read_rows(config.sts, required=["sentence1", "sentence2"])
-    gold = [_number(row.get("score"), rows.where(i)) for i, row in enumerate(rows)]
-    options = _options(config, generate=generate)
-    first, second = (
-        encoder.encode([str(row[column]) for row in rows], **options).vectors
-        for column in ("sentence1", "sentence2")
-    )
-    return {"sts_spearman": sts_spearman(first, second, torch.tensor(gold))}
+    first, second = (encoder.encode(texts, **options).vectors for texts in pairs[:2])
+    return sts_spearman(first, second, torch.tensor(pairs[2]))
 
 
 def _number(value: object, where: str) -> float:
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"eval: column 'score' must be a number, got {value!r} at {where}")
     return float(value)

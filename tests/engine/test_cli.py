@@ -31,6 +31,11 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert "no command 'grace trian'; did you mean 'grace train'?" in capsys.readouterr().err
 
 
+def test_an_unknown_option_is_named(capsys):
+    assert main(["--bogus"]) == 2
+    assert "no command '--bogus'" in capsys.readouterr().err
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("tercet 0.")

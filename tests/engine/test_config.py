@@ -74,6 +74,8 @@ def test_round_trip(yaml_file):
         ("a: b: c", "must be a readable YAML file"),
         ("data: !!python/object/apply:os.getcwd []", "must be a readable YAML file"),
         ("mode: x", "'data'"),
+        ("data: &a {x: *a}", "data: .*"),
+        ("data: " + "[" * 3000, "must be a readable YAML file"),
     ],
 )
 def test_a_bad_file_is_named_with_its_remedy(yaml_file, text, message):

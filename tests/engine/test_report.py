@@ -34,7 +34,8 @@ def make_run(folder, steps=5):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     sample = {"step": 1, "text": "<script>alert(1)</script>", "rationale": "bees & hives"}
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    (folder / "events.jsonl").write_text('{"step": 3, "message": "reward part hard is dead"}\n')
+    event = {"step": 3, "kind": "warning", "message": "reward part hard is dead"}
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
     (folder / "config.yaml").write_text("learning_rate: 1.0e-06\n")
     (folder / "env.json").write_text('{"torch": "2.13.0"}')
     return folder
@@ -75,3 +76,26 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_place(tmp_path):
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl"):
         write_report(tmp_path)
+
+
+def test_hostile_records_are_text_or_an_error(tmp_path):
+    run = make_run(tmp_path / "run")
+    attack = "<script>alert(1)</script>"
+    (run / "events.jsonl").write_text(json.dumps({"step": attack, "message": "m"}) + "\n")
+    (run / "samples.jsonl").write_text(json.dumps({"step": 1, "text": "half \ud800 pair"}) + "\n")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "reward/$\\foo$": 1.0, "loss": 1e308}) + "\n")
+    page = Page(write_report(run).read_text())
+    assert "script" not in page.tags
+    assert not list(run.glob("*.tmp"))
+    (run / "samples.jsonl").write_text(json.dumps({"step": attack}) + "\n")
+    with pytest.raises(ValueError, match="must be an integer, got '<script>"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("line", ["[1]", "1", "null", '{"step": "x", "loss": 1}'])
+def test_a_record_that_is_none_is_an_error(tmp_path, line):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"must be a(n integer| JSON object), got"):
+        write_report(run)

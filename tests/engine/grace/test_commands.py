@@ -44,6 +44,7 @@ def test_encode_writes_vectors_and_rationales(checkpoint, tmp_path, capsys):
     rows = [json.loads(line) for line in (out / "rationales.jsonl").read_text().splitlines()]
     assert [row["rationale"] for row in rows] == expected.rationales
     assert f"2 texts in {out}; {expected.num_truncated} rationales" in capsys.readouterr().out
+    assert list(tmp_path.glob(".out-*")) == []
     assert main(argv) == 1
     assert "output_dir must be new" in capsys.readouterr().err
 
