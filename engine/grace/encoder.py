@@ -284,7 +284,8 @@ def _trained_with(checkpoint: Path) -> dict[str, Any]:
     """How prompts were built in the run that the checkpoint lies in; {} outside of a run."""
     path = checkpoint.resolve().parent / "config.yaml"
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    data = settings.get("data") if isinstance(settings, dict) else None
+    # GRACE's settings keep them under data, those of a contrastive baseline at the top.
+    data = settings.get("data", settings) if isinstance(settings, dict) else None
     if not isinstance(data, dict):
         return {}
     return {k: data[k] for k in ("max_prompt_length", "system_prompt") if k in data}

@@ -91,6 +91,21 @@ def test_seeded_samples_depend_on_seed_and_text_alone(encoder):
     assert unseeded[0] != unseeded[1]
 
 
+def test_every_sample_has_a_seed_of_its_own(encoder):
+    seen: list[int] = []
+
+    class Seeds:
+        def sample(self, requests: Sequence[Request]) -> list[Completion]:
+            seen.extend(r.params.seed for r in requests if r.params.seed is not None)
+            return inner.sample(requests)
+
+    inner, encoder.sampler = encoder.sampler, Seeds()
+    settings = {"temperature": 1.0, "num_samples": 2, "max_completion_length": 1}
+    encoder.encode(TEXTS, seed=1, **settings)
+    encoder.encode(TEXTS, seed=2, **settings)
+    assert len(set(seen)) == 2 * 2 * len(TEXTS)
+
+
 def test_equal_texts_are_written_about_once_when_that_changes_nothing(encoder, recorder):
     twice = [*TEXTS, TEXTS[0]]
     greedy = encoder.encode(twice, max_completion_length=3)
@@ -181,6 +196,17 @@ def test_a_saved_encoder_gives_the_same_vectors(encoder, tmp_path):
     found = loaded.encode(TEXTS, max_completion_length=4)
     assert found.rationales == expected.rationales
     torch.testing.assert_close(found.vectors, expected.vectors, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", ["data:\n  system_prompt: Hm.\n", "system_prompt: Hm.\n"])
+def test_a_checkpoint_is_read_with_the_prompt_of_its_run(encoder, tmp_path, settings):
+    encoder.policy.save(tmp_path / "checkpoint-3")
+    (tmp_path / "config.yaml").write_text(settings)
+    loaded = GraceEncoder.from_pretrained(tmp_path / "checkpoint-3")
+    assert loaded.prompt.system_prompt == "Hm."
+    assert loaded.prompt.max_prompt_length == 1024
+    given = GraceEncoder.from_pretrained(tmp_path / "checkpoint-3", system_prompt="Oh.")
+    assert given.prompt.system_prompt == "Oh."
 
 
 def test_training_flags_survive(encoder):
