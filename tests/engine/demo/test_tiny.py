@@ -12,6 +12,7 @@ from tercet.engine.demo.tiny import (
     Pretrainer,
     build_policy,
     build_tokenizer,
+    one_thread,
     pretrain,
 )
 from tercet.engine.demo.world import TOPICS, World
@@ -92,6 +93,7 @@ def test_clean_batch_marks_the_first_name_word(world, tokenizer):
     assert before == ["about"] * 8
     text = tokenizer.decode(ids[batch.role == 1])
     assert "<" not in text  # neither header nor rationale
+    assert text.count(".") + text.count("?") == 8  # to the last token
     assert tokenizer.decode(ids[batch.role == 2]).count("<eos>") == 8
 
 
@@ -111,3 +113,14 @@ def test_accuracy_out_of_reach_is_an_error(world):
         pretrain(world, PretrainConfig(max_steps=3))
     with pytest.raises(ValueError, match=r"accuracy must be in \(0, 1\), got 1\.5"):
         PretrainConfig(accuracy=1.5)
+
+
+def test_one_thread_gives_the_threads_back():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -71,12 +71,26 @@ def test_held_out_texts_are_five_per_topic_and_side(world):
     assert [t.side for t in texts] == ["query"] * 200 + ["document"] * 200
     assert [t.topic for t in texts[:200]] == [k for k in range(40) for _ in range(5)]
     assert len({t.text for t in texts}) == 400
+    for text in texts:
+        pairs = [set(pair) for pair in world.held_out_pairs[text.topic, text.side]]
+        own = set(getattr(TOPICS[text.topic], text.side))
+        assert words_of(text.text) & own in pairs
+
+
+def test_held_out_triples_are_one_per_topic(world):
+    rows, texts = world.held_out_triples(), {t.text: t for t in world.held_out()}
+    assert [row.topic for row in rows] == list(range(40))
+    for row in rows:
+        query, positive, negative = (texts[t] for t in (row.query, row.positive, row.negative))
+        assert query.topic == positive.topic == row.topic != negative.topic
+        assert (query.side, positive.side, negative.side) == ("query", "document", "document")
 
 
 def test_one_seed_gives_one_world():
     a, b, other = World(seed=1), World(seed=1), World(seed=2)
     assert a.held_out() == b.held_out() != other.held_out()
     assert a.triples(50) == b.triples(50) != other.triples(50)
+    assert len({row.positive for row in a.triples(8000)}) == 8000  # about 7 would be drawn twice
     assert a.triples(60)[:50] == a.triples(50)  # a longer run starts as a shorter one
 
 
