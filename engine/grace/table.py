@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def bm25_scores(queries: Sequence[str], documents: Sequence[str]) -> Float[Tenso
         raise ModuleNotFoundError(
             "bm25_scores: bm25s must be installed, got none; pip install 'tercet[eval]'"
         ) from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     index = bm25s.BM25()
     split = {"stopwords": "en", "show_progress": False}
     index.index(bm25s.tokenize(list(documents), **split), show_progress=False)
