@@ -9,12 +9,43 @@ from torch import Tensor
 Impl = Literal["auto", "triton", "torch"]
 
 
+Kind = Literal["float", "index", "bool"]
+
+KINDS: dict[Kind, tuple[str, tuple[torch.dtype, ...]]] = {
+    "float": (
+        "a floating-point tensor",
+        (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    ),
+    "index": ("int32 or int64", (torch.int32, torch.int64)),
+    "bool": ("bool", (torch.bool,)),
+}
+
+
+def _type_name(x: object) -> str:
+    return "None" if x is None else type(x).__name__
+
+
+def check_tensor(op: str, name: str, x: Tensor, kind: Kind) -> None:
+    """Raises TypeError unless x is a tensor whose dtype is one of its kind."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {_type_name(x)}")
+    wanted, dtypes = KINDS[kind]
+    if x.dtype not in dtypes:
+        remedy = f"; call {name}.bool()" if kind == "bool" else ""
+        raise TypeError(f"{op}: {name} must be {wanted}, got {x.dtype}{remedy}")
+
+
 def check_float(op: str, **tensors: Tensor) -> None:
     """Raises TypeError unless every tensor is float16, bfloat16, float32 or float64."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {kind}")
+    for name, x in tensors.items():
+        check_tensor(op, name, x, "float")
+
+
+def check_number(op: str, **numbers: float) -> None:
+    """Raises TypeError unless every number is an int or a float."""
+    for name, x in numbers.items():
+        if not isinstance(x, (int, float)):
+            raise TypeError(f"{op}: {name} must be a number, got {_type_name(x)}")
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:

@@ -18,7 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tercet.kernels._checks import check_float, check_same_device
+from tercet.kernels._checks import (
+    check_float,
+    check_number,
+    check_same_device,
+    check_tensor,
+)
 from tercet.kernels.reference import accumulator_dtype
 
 MIN_LOG = -1e4  # exp and exp2 give 0 here in every dtype; keeps 0 * log 0 finite
@@ -48,12 +53,11 @@ def check_query(op: str, targets: Tensor, temperature: float | Tensor, rows: Ten
     """The temperature as a tensor; shapes, dtypes and devices checked against rows [*rows, _].
 
     Raises:
-        TypeError: dtype of targets or temperature.
+        TypeError: type or dtype of targets or temperature.
         ValueError: shape or device; temperature not positive, or asking for a gradient.
     """
     shape = rows.shape[:-1]
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: targets must be int32 or int64, got {targets.dtype}")
+    check_tensor(op, "targets", targets, "index")
     if targets.shape != shape and targets.shape[:-1] != shape:
         raise ValueError(
             f"{op}: targets must have the shape of the rows {tuple(shape)}, or one more axis, "
@@ -63,6 +67,7 @@ def check_query(op: str, targets: Tensor, temperature: float | Tensor, rows: Ten
         raise ValueError(f"{op}: targets must name at least one token per row, got [*, 0]")
     check_same_device(op, rows=rows, targets=targets)
     if not isinstance(temperature, Tensor):
+        check_number(op, temperature=temperature)
         if not temperature > 0:
             raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
         return torch.full((), temperature, dtype=accumulator_dtype(rows), device=rows.device)
@@ -74,7 +79,10 @@ def check_query(op: str, targets: Tensor, temperature: float | Tensor, rows: Ten
             f"got {tuple(temperature.shape)}"
         )
     if temperature.requires_grad:
-        raise ValueError(f"{op}: temperature gets no gradient; pass temperature.detach()")
+        raise ValueError(
+            f"{op}: temperature gets no gradient, got one that requires grad; "
+            "pass temperature.detach()"
+        )
     return temperature
 
 

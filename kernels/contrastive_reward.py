@@ -11,7 +11,14 @@ Source: arXiv:2510.04506, eq. 12-18; the plain definition is `contrastive_reward
 import torch
 from torch import Tensor
 
-from tercet.kernels._checks import Impl, check_float, check_same_device, use_triton
+from tercet.kernels._checks import (
+    Impl,
+    check_float,
+    check_number,
+    check_same_device,
+    check_tensor,
+    use_triton,
+)
 from tercet.kernels._typing import Float, Int
 from tercet.kernels.reference import (
     NORM_EPS,
@@ -165,6 +172,8 @@ def _check(
     if negatives is not None:
         floats["negatives"] = negatives
     check_float(op, **floats)
+    if group_ids is not None:
+        check_tensor(op, "group_ids", group_ids, "index")
     check_same_device(op, **floats, group_ids=group_ids)
     for name, x in floats.items():
         if x.dtype != rollouts.dtype:
@@ -192,11 +201,18 @@ def _check(
             f"{op}: negatives must be [{groups}, any, {hidden}] to match rollouts, "
             f"got {tuple(negatives.shape)}"
         )
-    if group_ids is not None:
-        if group_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: group_ids must be int32 or int64, got {group_ids.dtype}")
-        if group_ids.shape != (groups,):
-            raise ValueError(f"{op}: group_ids must be [{groups}], got {tuple(group_ids.shape)}")
+    if group_ids is not None and group_ids.shape != (groups,):
+        raise ValueError(f"{op}: group_ids must be [{groups}], got {tuple(group_ids.shape)}")
+
+
+def _check_numbers(temperature: float, **weights: float) -> None:
+    op = "contrastive_reward"
+    check_number(op, temperature=temperature, **weights)
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
+    for name, weight in weights.items():
+        if not 0.0 <= weight < float("inf"):
+            raise ValueError(f"{op}: {name} must be finite and >= 0, got {weight}")
 
 
 def contrastive_reward(
@@ -219,12 +235,18 @@ def contrastive_reward(
     Source: arXiv:2510.04506, eq. 12-18.
 
     Args:
-        rollouts: embeddings of any length; the norms are taken inside.
+        rollouts: embeddings that need not be unit vectors.  Norms, here and of queries and
+            negatives, are taken in float32 (float64 stays): one below 1e-12 counts as 1e-12, and
+            from about 1e19 on the square overflows, which nothing checks and gives NaN.
         group_ids: groups with equal ids do not repel each other; None makes every group its own.
-        temperature: > 0; divides the whole reward.
+        temperature: > 0 and finite; divides the whole reward.
+        negative_weight: of the sum over a group's negatives; each weight is >= 0 and finite.
+        consistency_weight: of the mean over the other rollouts of the group.
+        hard_weight: of the mean over the other groups; "info_nce" takes 1 instead.
 
     Raises:
-        TypeError: a dtype.  ValueError: a shape, an option, or an embedding that requires grad.
+        TypeError: a type or dtype.
+        ValueError: a shape, device or option, or an embedding that requires grad.
     """
     _check(rollouts, queries, negatives, group_ids)
     if form not in ("sum", "info_nce") or repulsion not in ("query", "document"):
@@ -232,10 +254,12 @@ def contrastive_reward(
             "contrastive_reward: form must be 'sum' or 'info_nce' and repulsion 'query' or "
             f"'document', got {form!r} and {repulsion!r}"
         )
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(
-            f"contrastive_reward: temperature must be finite and > 0, got {temperature}"
-        )
+    _check_numbers(
+        temperature,
+        negative_weight=negative_weight,
+        consistency_weight=consistency_weight,
+        hard_weight=hard_weight,
+    )
     triton = use_triton("contrastive_reward", impl, rollouts)
     if triton and rollouts.dtype == torch.float64:
         raise TypeError(

@@ -265,6 +265,8 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"{op}: hidden must be [*, {weight.shape[1]}] like weight, got {tuple(hidden.shape)}"
         )
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{op}: hidden must be [*, hidden >= 1], got {tuple(hidden.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
@@ -297,7 +299,7 @@ def linear_logp(
             and the logits of as many rows as fit.  None means 112 on a CPU and 2048 on CUDA.
 
     Raises:
-        TypeError: dtype of an argument, or a DTensor.
+        TypeError: type or dtype of an argument, or a DTensor.
         IndexError: a target outside the vocabulary on a CPU; on CUDA, which is not waited for, it
             gives NaN.
         ValueError: shape, device, memory_budget_mb < 1 or temperature <= 0.
@@ -307,6 +309,10 @@ def linear_logp(
     temperatures = rs.check_query("linear_logp", targets, temperature, hidden)
     if memory_budget_mb is None:
         memory_budget_mb = CUDA_BUDGET_MB if hidden.is_cuda else CPU_BUDGET_MB
+    if not isinstance(memory_budget_mb, int):
+        raise TypeError(
+            f"linear_logp: memory_budget_mb must be a whole number, got {memory_budget_mb!r}"
+        )
     if memory_budget_mb < 1:
         raise ValueError(f"linear_logp: memory_budget_mb must be >= 1, got {memory_budget_mb}")
     triton = use_triton("linear_logp", impl, hidden)

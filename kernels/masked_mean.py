@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from tercet.kernels import _masked_mean_triton
-from tercet.kernels._checks import Impl, check_float, check_same_device, use_triton
+from tercet.kernels._checks import (
+    Impl,
+    check_float,
+    check_same_device,
+    check_tensor,
+    use_triton,
+)
 from tercet.kernels._memory import empty_huge
 from tercet.kernels._typing import Bool, Float, Int
 from tercet.kernels.reference import NORM_EPS, accumulator_dtype
@@ -180,16 +186,25 @@ _masked_mean.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 def _check_boundaries(cu_seqlens: Tensor, n: int) -> None:
     """Raises ValueError unless 0 = cu[0] <= cu[1] <= ... <= cu[-1] <= n; reads the values."""
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) > n or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(
-            f"segment_mean: cu_seqlens must start at 0, not decrease and end at most at n = {n}, "
-            f"got {cu_seqlens.tolist()}; pass the running sum of the row lengths"
-        )
+    falls = cu_seqlens[1:] < cu_seqlens[:-1]
+    if int(cu_seqlens[0]) != 0:
+        bad = 0
+    elif bool(falls.any()):
+        bad = int(falls.nonzero()[0]) + 1
+    elif int(cu_seqlens[-1]) > n:
+        bad = len(cu_seqlens) - 1
+    else:
+        return
+    before = f" behind {int(cu_seqlens[bad - 1])}" if bad else ""
+    raise ValueError(
+        f"segment_mean: cu_seqlens must start at 0, not decrease and end at most at n = {n}, "
+        f"got cu_seqlens[{bad}] = {int(cu_seqlens[bad])}{before}; "
+        "pass the running sum of the row lengths"
+    )
 
 
 def _check_mask(op: str, mask: Tensor, shape: torch.Size) -> None:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: mask must be bool, got {mask.dtype}; call mask.bool()")
+    check_tensor(op, "mask", mask, "bool")
     if mask.shape != shape:
         raise ValueError(
             f"{op}: mask must be {tuple(shape)} like the tokens of x, got {tuple(mask.shape)}"
@@ -215,7 +230,7 @@ def masked_mean(
         impl: "auto" is Triton on CUDA and PyTorch elsewhere.
 
     Raises:
-        TypeError: x is not floating, or mask is not bool.
+        TypeError: x is not a floating tensor, or mask is not a bool tensor.
         ValueError: wrong shapes, or x and mask on different devices.
     """
     check_float("masked_mean", x=x)
@@ -247,14 +262,14 @@ def segment_mean(
         impl: "auto" is Triton on CUDA and PyTorch elsewhere.
 
     Raises:
-        TypeError: x is not floating, cu_seqlens not int32 or int64, or mask not bool.
+        TypeError: x is not a floating tensor, cu_seqlens not one of int32 or int64, or mask not
+            one of bool.
         ValueError: wrong shapes, boundaries out of order, or tensors on different devices.
     """
     check_float("segment_mean", x=x)
     if x.ndim != 2:
         raise ValueError(f"segment_mean: x must be [n, hidden], got {tuple(x.shape)}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"segment_mean: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    check_tensor("segment_mean", "cu_seqlens", cu_seqlens, "index")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(
             f"segment_mean: cu_seqlens must be [segments + 1], got {tuple(cu_seqlens.shape)}"

@@ -5,7 +5,7 @@ Elementwise and a few bytes per token, so plain PyTorch on every device.
 
 from torch import Tensor
 
-from tercet.kernels._checks import Impl, check_float, check_same_device
+from tercet.kernels._checks import Impl, check_float, check_number, check_same_device
 from tercet.kernels._typing import Float
 from tercet.kernels.reference import PolicyLoss, accumulator_dtype, policy_loss_ref
 
@@ -36,14 +36,15 @@ def policy_loss(
         old_logp: None means on-policy: the ratio is 1 and its gradient that of logp.
         epsilon_high: upper clip; None means epsilon.
         delta: dual clip, > 1: bounds the loss of a token with negative advantage.
-        beta: weight of the KL term, which needs ref_logp.
+        beta: weight of the KL term, >= 0 and finite; needs ref_logp unless 0.
 
     Raises:
-        TypeError: dtype.
+        TypeError: type or dtype of an argument.
         ValueError: shapes or devices differ, or an option is out of its range.
     """
-    named = {"logp": logp, "old_logp": old_logp, "advantage": advantage, "ref_logp": ref_logp}
-    tensors = {name: x for name, x in named.items() if x is not None}
+    optional = {"old_logp": old_logp, "ref_logp": ref_logp}
+    tensors = {"logp": logp, "advantage": advantage}
+    tensors |= {name: x for name, x in optional.items() if x is not None}
     check_float("policy_loss", **tensors)
     check_same_device("policy_loss", **tensors)
     for name, x in tensors.items():
@@ -76,6 +77,9 @@ def _check_options(
     *,
     has_reference: bool,
 ) -> None:
+    check_number("policy_loss", epsilon=epsilon, beta=beta)
+    bounds = {"epsilon_high": epsilon_high, "delta": delta}
+    check_number("policy_loss", **{name: x for name, x in bounds.items() if x is not None})
     if not 0 <= epsilon <= 1:
         raise ValueError(f"policy_loss: epsilon must be in [0, 1], got {epsilon}")
     if epsilon_high is not None and not epsilon_high >= 0:
@@ -84,6 +88,8 @@ def _check_options(
         raise ValueError(f"policy_loss: delta must be > 1, got {delta}")
     if not beta >= 0:
         raise ValueError(f"policy_loss: beta must be >= 0, got {beta}")
+    if beta == float("inf"):
+        raise ValueError(f"policy_loss: beta must be finite, got {beta}")
     if beta > 0 and not has_reference:
         raise ValueError(
             f"policy_loss: beta={beta} needs ref_logp, got None; give it or set beta=0"

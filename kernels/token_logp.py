@@ -195,7 +195,7 @@ def token_logp(
         temperature: > 0, one number or one per row; gets no gradient.
 
     Raises:
-        TypeError: dtype of an argument.
+        TypeError: type or dtype of an argument.
         IndexError: a target outside the vocabulary on a CPU; on CUDA, which is not waited for, it
             gives NaN.
         ValueError: shape, stride, device or temperature <= 0.
