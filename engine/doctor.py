@@ -8,7 +8,7 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "datasets", "flash-attn")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "pyarrow", "flash-attn")
 OPS = (
     "masked_mean",
     "segment_mean",
