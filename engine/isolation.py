@@ -41,22 +41,29 @@ def isolation_error(
         dtype: that it computes in; decides the tolerance.
 
     Raises:
-        RuntimeError: any of the three differs by more than rounding.
+        RuntimeError: weights are not finite, or any of the three differs by more than rounding.
     """
+    _check_weights(model)
     device, vocab_size = head[0].device, len(head[0])
     rows = _random_rows(vocab_size, _windows(model))
     packed = packed_forward(pack(rows, device=device))
     others = [[(token + 1) % vocab_size for token in row] for row in rows[:-1]]
     changed = packed_forward(pack([*others, rows[-1]], device=device))
     leak = _relative_error(changed[-len(rows[-1]) :], packed[-len(rows[-1]) :])
+    if not packed.isfinite().all():
+        raise FloatingPointError(
+            f"Policy: hidden states of {type(model).__name__} must be finite, got NaN or infinity "
+            "on random tokens; the weights have diverged or were never loaded"
+        )
 
-    error, head_error = 0.0, 0.0
+    errors, head_errors = [], []
     for row, hidden in zip(rows, packed.split([len(row) for row in rows]), strict=True):
         ids = torch.tensor([row], device=device)
         alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         logits = model(input_ids=ids, use_cache=False).logits[0]
-        error = max(error, _relative_error(hidden, alone))
-        head_error = max(head_error, _relative_error(F.linear(alone, *head), logits))
+        errors.append(_relative_error(hidden, alone))
+        head_errors.append(_relative_error(F.linear(alone, *head), logits))
+    error, head_error = (float(torch.tensor(e).max()) for e in (errors, head_errors))  # keeps NaN
 
     half, name = dtype in HALF, type(model).__name__
     tolerance = TOLERANCE_HALF if half else TOLERANCE[dtype]
@@ -74,6 +81,20 @@ def isolation_error(
             f"{head_error:.1e}; its head scales or caps logits, which is not supported"
         )
     return error
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    bad = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax())
+    ]
+    if bad:
+        raise RuntimeError(
+            f"Policy: weights of {type(model).__name__} must be finite, got NaN or infinity in "
+            f"{len(bad)} of its parameters, first {bad[0]}; the weights are not finite: take "
+            "another checkpoint, or a dtype that they do not overflow"
+        )
 
 
 def _windows(model: PreTrainedModel) -> list[int]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -46,6 +48,18 @@ LOGIT_CHANGES = {
     "logits_scaling": (None, 1, 1.0),
     "lm_head_multiplier": (None, 1, 1.0),
 }
+# What transformers raises for damaged or contradictory files, beside OSErrors that name the file.
+UNLOADABLE = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 class LMHead(NamedTuple):
@@ -105,22 +119,28 @@ class Policy:
 
         Raises:
             FileNotFoundError: `path` looks like a folder and is none.
-            ValueError: weights are missing from the files, or as `Policy(...)`.
+            OSError: a file is not there or cannot be read.
+            ValueError: no such device here, damaged or contradictory files, weights that are
+                missing from them, or as `Policy(...)`.
         """
+        if device is not None:
+            _check_device(device)
         folder = Path(path).expanduser()
         if not folder.is_dir() and (isinstance(path, Path) or path.startswith(("/", ".", "~"))):
             raise FileNotFoundError(f"Policy.from_pretrained: no folder {folder}")
         source = str(folder) if folder.is_dir() else str(path)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _loading(source, "model", "config.json and *.safetensors"):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
         model, info = cast(tuple[PreTrainedModel, dict], loaded)
-        if info["missing_keys"] or info["mismatched_keys"]:
-            lacking = sorted(str(k) for k in {*info["missing_keys"], *info["mismatched_keys"]})
+        lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        if lacking:
             raise ValueError(
                 f"Policy.from_pretrained: {source} must hold every weight of "
                 f"{type(model).__name__}, got none or another shape for {lacking[:5]}; "
@@ -198,7 +218,8 @@ class Policy:
         """Proves on short random rows that packing changes nothing; the largest relative error.
 
         Raises:
-            RuntimeError: rows can see each other, see their future, or the head is not linear.
+            RuntimeError: weights are not finite, rows can see each other or their future, or the
+                head is not linear.
         """
         with evaluating(self.model), torch.no_grad():
             error = isolation_error(self.model, self._forward, self.head(), self._compute_dtype())
@@ -377,4 +398,43 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         log.warning("Policy.from_pretrained: no tokenizer in %s", source)
         return None
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    with _loading(source, "tokenizer", "tokenizer.json and tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+@contextmanager
+def _loading(source: str, what: str, files: str) -> Iterator[None]:
+    """Gives what transformers raises for unusable files one form."""
+    try:
+        yield
+    except BaseException as error:
+        # tokenizers raises bare Exception for a tokenizer.json that it cannot use
+        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:
+            raise
+        raise ValueError(
+            f"Policy.from_pretrained: {source} must hold a loadable {what}, got "
+            f"{_first_line(error)}; compare {files} with the original, or save it again"
+        ) from error
+
+
+def _check_device(device: torch.device | str) -> None:
+    seen = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    must = f"Policy.from_pretrained: device must be one that torch can use here ({seen}), got"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:  # lists every kind of device there is
+        raise ValueError(f"{must} {device!r}; name one of them") from error
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"{must} {str(device)!r} ({_first_line(error)}); name one of them, or install the "
+            "torch build for it"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The kind of an error and its first line, and the next where that one only leads to it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {told[:300]}"

@@ -1,0 +1,93 @@
+"""Policy.from_pretrained on folders and devices that cannot be used: one line that says why."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tercet.engine.model import Policy
+
+
+@pytest.fixture(scope="module")
+def whole(make_tiny_model, tiny_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "whole"
+    Policy(make_tiny_model("qwen3", num_hidden_layers=1), tiny_tokenizer).save(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def half(text: bytes) -> bytes:
+    return text[: len(text) // 2]
+
+
+DAMAGE = {
+    "half the weights": ("model.safetensors", half, "model, got SafetensorError: "),
+    "garbage": ("model.safetensors", lambda _: b"garbage" * 9, "model, got SafetensorError: "),
+    "no weights": ("model.safetensors", lambda _: b"", "model, got SafetensorError: "),
+    "empty object": ("tokenizer.json", lambda _: b"{}", "tokenizer, got KeyError: 'added_tokens';"),
+    "half a tokenizer": ("tokenizer.json", half, "tokenizer, got JSONDecodeError: "),
+    "no vocabulary": (
+        "tokenizer.json",
+        lambda _: b'{"model": {"type": "BPE"}, "added_tokens": []}',
+        "tokenizer, got Exception: Missing vocab",
+    ),
+    "a list": ("tokenizer_config.json", lambda _: b"[]", "tokenizer, got AttributeError: "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_named(copy, damage):
+    name, change, message = DAMAGE[damage]
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    with pytest.raises(ValueError, match=r"^Policy\.from_pretrained: .*must hold a load") as caught:
+        Policy.from_pretrained(copy)
+    told = str(caught.value)
+    assert f"{copy} must hold a loadable {message}" in told
+    assert told.endswith("or save it again")
+    assert "\n" not in told
+
+
+CONTRADICTIONS = {
+    "expected int, got str (value: 'two')": {"num_hidden_layers": "two"},
+    "must be equal to the number of `layer_types` (3)": {"layer_types": ["full_attention"] * 3},
+    "got ValueError: The checkpoint you are trying to load has model type `no`": {
+        "model_type": "no"
+    },
+    "got ZeroDivisionError: ": {"num_attention_heads": 0},
+    "another shape for ['lm_head.weight', 'model.embed_tokens.weight']; compare config.json": {
+        "vocab_size": 400
+    },
+}
+
+
+@pytest.mark.parametrize("message", CONTRADICTIONS)
+def test_a_contradictory_config_is_named(copy, message):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | CONTRADICTIONS[message]))
+    with pytest.raises(ValueError, match=r"^Policy\.from_pretrained: ") as caught:
+        Policy.from_pretrained(copy)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:x", "", "cuda:99"])
+def test_a_device_that_is_not_there_is_named_before_anything_is_read(device, tmp_path):
+    message = r"^Policy\.from_pretrained: device must be one that torch can use here \(\['cpu'"
+    with pytest.raises(ValueError, match=message) as caught:
+        Policy.from_pretrained(tmp_path / "nowhere", device=device)
+    assert f"got '{device}'" in str(caught.value)
+    assert "mkldnn" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_named_first(whole):
+    policy = Policy.from_pretrained(whole)
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[5, 0] = torch.inf
+    message = r"weights of Qwen3ForCausalLM must be finite, got .* first model\.embed_tokens\.weig"
+    with pytest.raises(RuntimeError, match=message):
+        policy.prove_isolation()
