@@ -324,7 +324,7 @@ def test_bad_requests_are_refused(make_tiny_model):
 
 
 def test_diverged_weights_are_named(tiny_policy):
-    tiny_policy.hidden(pack([[1, 2]]))
+    tiny_policy.prove_isolation()  # which would name them too, had they been so from the start
     with torch.no_grad():
         tiny_policy.model.base_model.norm.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="log-probs must be finite, got nan"):
