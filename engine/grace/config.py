@@ -15,6 +15,7 @@ COLUMN = re.compile(r"query|anchor|positive|pos|text|(neg|negatives?)(_\d+)?")
 Mode = Literal["supervised", "unsupervised"]
 Overlong = Literal["truncate", "drop"]
 Dtype = Literal["float32", "bfloat16"]
+Attention = Literal["auto", "flash_attention_2", "varlen", "sdpa"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,13 @@ class GraceData:
     system_prompt: str = SYSTEM_PROMPT
 
     def __post_init__(self) -> None:
+        _check_named("GraceData", "path", self.path)
+        if self.test_path is not None:
+            _check_named("GraceData", "test_path", self.test_path)
+        if self.max_prompt_length < 1:
+            raise ValueError(
+                f"GraceData: max_prompt_length must be >= 1, got {self.max_prompt_length}"
+            )
         _check_choice("GraceData", "mode", self.mode, get_args(Mode))
         _check_choice("GraceData", "overlong", self.overlong, get_args(Overlong))
         if not 0.0 <= self.test_fraction < 1.0:
@@ -101,13 +109,21 @@ class GraceConfig:
 
     device: str | None = None  # None: CUDA where there is one
     dtype: Dtype = "float32"  # of the weights; train.bf16 computes in bfloat16 beside them
-    attn: str = "auto"  # see Policy
+    attn: Attention = "auto"  # see Policy
     activation_checkpointing: bool = False
     max_batch_size: int = 256  # rows sampled at once; memory only
 
     def __post_init__(self) -> None:
+        _check_named("GraceConfig", "model", self.model)
+        _check_named("GraceConfig", "output_dir", self.output_dir)
         _check_choice("GraceConfig", "dtype", self.dtype, get_args(Dtype))
-        for name in ("num_generations", "generation_batch_size", "max_completion_length"):
+        _check_choice("GraceConfig", "attn", self.attn, get_args(Attention))
+        for name in (
+            "num_generations",
+            "generation_batch_size",
+            "max_completion_length",
+            "max_batch_size",
+        ):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"GraceConfig: {name} must be >= 1, got {value}")
@@ -123,6 +139,10 @@ class GraceConfig:
                 "(a group of one is its own baseline: every advantage is 0), got 1; raise it, or "
                 "use advantage_estimator 'reinforce++' or 'remax'"
             )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"GraceConfig: top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"GraceConfig: top_k must be >= 0, got {self.top_k}")
         _check_temperature("GraceConfig", "anchor_temperature", self.anchor_temperature)
         _check_temperature("GraceConfig", "temperature", self.temperature)
         if self.temperature == 0:
@@ -140,6 +160,11 @@ class GraceConfig:
 def _check_choice(owner: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{owner}: {name} must be one of {allowed}, got {value!r}")
+
+
+def _check_named(owner: str, name: str, value: str) -> None:
+    if not value.strip():
+        raise ValueError(f"{owner}: {name} must not be empty, got {value!r}; name a file or folder")
 
 
 def _check_temperature(owner: str, name: str, value: float) -> None:

@@ -44,12 +44,19 @@ class GraceSystem:
             config: see `GraceConfig`.
 
         Raises:
-            ValueError: the policy has no tokenizer, or one that `PromptBuilder` refuses.
+            ValueError: the policy has no tokenizer, or one that `PromptBuilder` refuses; the
+                longest prompt and completion do not fit its positions.
         """
         if policy.tokenizer is None:
             raise ValueError(
                 "GraceSystem: the policy must have a tokenizer, got None; "
                 "save one beside the model, or pass it to Policy"
+            )
+        longest = config.data.max_prompt_length + config.max_completion_length
+        if policy.max_length is not None and longest > policy.max_length:
+            raise ValueError(
+                "GraceSystem: data.max_prompt_length + max_completion_length must be at most "
+                f"{policy.max_length} (the model's positions), got {longest}; lower one of them"
             )
         self.config = config
         self.dataset = dataset

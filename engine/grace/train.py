@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,10 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
     Raises:
         FileExistsError: output_dir holds a run that is not to be resumed.
         FileNotFoundError: no such data file or model folder.
-        ValueError: the data, the tokenizer or a setting cannot be used; nothing was written.
-        RuntimeError: NaN or infinity during training; see `Trainer.train`.
+        ValueError: the data, the model or a setting cannot be used, or the run in output_dir is
+            already past train.max_steps; nothing was written.
+        RuntimeError: the model fails `Policy.prove_isolation` (nothing was written), or NaN or
+            infinity during training; see `Trainer.train`.
     """
     folder = Path(config.output_dir)
     resumes = _resumes(folder, config, resume)
@@ -52,6 +55,8 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
     sampler = TransformersSampler(policy, max_batch_size=config.max_batch_size)
     dataset = _fitting(dataset, policy, config)
     system = GraceSystem(policy, sampler, dataset, config)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.train.bf16):
+        policy.prove_isolation()  # as training will compute, and before anything is written
     with RunLog.create(folder, config, total_steps=config.train.max_steps, resume=resumes) as log:
         if not resumes:
             _tell(log, dataset, config)
@@ -92,12 +97,23 @@ def _resumes(folder: Path, config: GraceConfig, resume: bool | None) -> bool:
     finished = (folder / f"checkpoint-{config.train.max_steps}").exists()
     same = settings.read_text(encoding="utf-8") == to_yaml(config)
     if resume or (resume is None and same and not finished):
+        _check_not_past(folder, config.train.max_steps)
         return True
     kind = "a run with other settings" if not same else "a finished run" if finished else "a run"
     raise FileExistsError(
         f"train: output_dir must be new or hold this run unfinished, got {kind} in {folder}; "
         "choose another output_dir, or resume it (--resume, train(config, resume=True))"
     )
+
+
+def _check_not_past(folder: Path, max_steps: int) -> None:
+    numbered = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.iterdir()]
+    last = max((int(match[1]) for match in numbered if match), default=0)
+    if last > max_steps:
+        raise ValueError(
+            f"train: train.max_steps must be at least {last} to resume the run in {folder}, which "
+            f"has checkpoint-{last}, got {max_steps}; raise it, or use that checkpoint"
+        )
 
 
 def _fitting(dataset: Dataset, policy: Policy, config: GraceConfig) -> Dataset:

@@ -3,11 +3,13 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
-from tercet.engine.grace.config import GraceConfig, GraceData, GraceEval
+from tercet.engine.attention import Backend
+from tercet.engine.grace.config import Attention, GraceConfig, GraceData, GraceEval
 from tercet.engine.grace.data import Dataset, Example
 from tercet.engine.grace.rewards import RewardConfig
 from tercet.engine.grace.system import GraceSystem, shared_text_ids
@@ -29,8 +31,8 @@ def make_system(tiny_policy):
 
     def make(examples=tuple(PAIRS), test=(), data=None, **settings):
         config = GraceConfig(
-            model="",
-            data=data or GraceData(path="", max_prompt_length=200),
+            model="tiny",
+            data=data or GraceData(path="data.jsonl", max_prompt_length=200),
             **{
                 "num_generations": 2,
                 "generation_batch_size": 4,
@@ -229,13 +231,26 @@ def test_a_sampler_that_does_not_pool_is_named(make_system):
 
 def test_a_policy_without_tokenizer_is_named(make_tiny_model):
     policy = Policy(make_tiny_model("qwen3"))
-    config = GraceConfig(model="", data=GraceData(path=""))
+    config = GraceConfig(model="tiny", data=GraceData(path="data.jsonl"))
     dataset = Dataset(train=PAIRS, test=[], notes=[])
     with pytest.raises(ValueError, match=r"^GraceSystem: the policy must have a tokenizer, got N"):
         GraceSystem(policy, TransformersSampler(policy), dataset, config)
 
 
+def test_rows_that_cannot_fit_the_positions_are_refused(make_system):
+    make_system(max_completion_length=312)
+    with pytest.raises(ValueError, match=r"^GraceSystem: .* at most 512 .*, got 513; lower one"):
+        make_system(max_completion_length=313)
+
+
 BAD_SETTINGS = {
+    "model must not be empty, got ''": {"model": ""},
+    "output_dir must not be empty, got ' '": {"output_dir": " "},
+    "attn must be one of ('auto', 'flash_attention_2', 'varlen', 'sdpa'), got 'x'": {"attn": "x"},
+    "top_p must be in (0, 1], got 0.0": {"top_p": 0.0},
+    "top_p must be in (0, 1], got nan": {"top_p": math.nan},
+    "top_k must be >= 0, got -1": {"top_k": -1},
+    "max_batch_size must be >= 1, got 0": {"max_batch_size": 0},
     "num_generations must be >= 2 under 'grpo'": {"num_generations": 1},
     "generation_batch_size must be a multiple of num_generations (8), got 12": {
         "generation_batch_size": 12
@@ -250,5 +265,22 @@ BAD_SETTINGS = {
 @pytest.mark.parametrize("message", BAD_SETTINGS)
 def test_bad_settings(message):
     with pytest.raises(ValueError, match=r"^GraceConfig: ") as caught:
-        GraceConfig(model="", data=GraceData(path=""), **BAD_SETTINGS[message])
+        GraceConfig(**{"model": "tiny", "data": GraceData(path="d"), **BAD_SETTINGS[message]})
     assert message in str(caught.value)
+
+
+BAD_DATA = {
+    "path must not be empty, got ''": {"path": ""},
+    "test_path must not be empty, got ''": {"test_path": ""},
+    "max_prompt_length must be >= 1, got 0": {"max_prompt_length": 0},
+}
+
+
+@pytest.mark.parametrize("message", BAD_DATA)
+def test_bad_data_settings(message):
+    with pytest.raises(ValueError, match=f"^GraceData: {message}"):
+        GraceData(**{"path": "d", **BAD_DATA[message]})
+
+
+def test_settings_know_every_attention_backend():
+    assert get_args(Attention) == ("auto", *get_args(Backend))

@@ -159,6 +159,33 @@ def test_a_tokenizer_without_chat_template_writes_nothing(make_config, model_fol
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_above_the_positions_write_nothing(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r"at most 512 \(the model's positions\), got 600"):
+        train(make_config(max_completion_length=400))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_write_nothing(make_config, model_folder, tmp_path):
+    policy = Policy.from_pretrained(model_folder)
+    with torch.no_grad():
+        policy.head().weight[7, 3] = float("nan")
+    policy.save(model_folder)
+    with pytest.raises(RuntimeError, match=r"must be finite, got .* 1 of .*, first lm_head\.wei"):
+        train(make_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_into_its_past(make_config):
+    config = make_config(train={"max_steps": 2})
+    run = train(config)
+    settings = (run.folder / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"^train: .* at least 2 to resume .*checkpoint-2, got 1;"):
+        train(make_config(train={"max_steps": 1}), resume=True)
+    assert (run.folder / "config.yaml").read_text() == settings
+    assert train(config, resume=True).checkpoint == run.checkpoint
+    assert run.checkpoint.exists()
+
+
 def events(run):
     return " | ".join(row["message"] for row in read_jsonl(run.folder / "events.jsonl"))
 
