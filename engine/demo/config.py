@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+from tercet.engine.train_config import Schedule
+
+MAX_COMPLETION_LENGTH = 64  # tokens that the tiny model's positions leave beside a prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,7 @@ class GraceDemoConfig:
     max_steps: int = 100  # of each of the three trainings
     learning_rate: float = 1e-3  # of both GRACE runs; 2e-3 merges topics, 3e-4 is slower
     warmup_steps: int = 20  # of all three; without, Adam's first steps ended in collapse (seed 1)
+    lr_scheduler_type: Schedule = "linear"  # of all three; constant spreads seeds twice as far
     contrastive_learning_rate: float = 1e-3  # of the InfoNCE baseline
     num_generations: int = 8  # G, rollouts of each document
     groups_per_step: int = 16  # B
@@ -48,6 +54,31 @@ class GraceDemoConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "groups_per_step", "logging_steps", "eval_repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GraceDemoConfig: {name} must be >= 1, got {getattr(self, name)}")
+        if not self.output_dir.strip():
+            raise ValueError(
+                f"GraceDemoConfig: output_dir must not be empty, got {self.output_dir!r}; "
+                "name a folder"
+            )
+        least = {
+            "seed": 0,
+            "max_steps": 1,
+            "warmup_steps": 0,
+            "num_generations": 2,  # a group of one is its own baseline
+            "groups_per_step": 2,  # the other rows are InfoNCE's negatives
+            "max_completion_length": 1,
+            "logging_steps": 1,
+            "eval_repeats": 1,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value < bound:
+                raise ValueError(f"GraceDemoConfig: {name} must be >= {bound}, got {value}")
+        if self.max_completion_length > MAX_COMPLETION_LENGTH:
+            raise ValueError(
+                f"GraceDemoConfig: max_completion_length must be <= {MAX_COMPLETION_LENGTH} (the "
+                f"tiny model's positions), got {self.max_completion_length}"
+            )
+        for name in ("learning_rate", "contrastive_learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"GraceDemoConfig: {name} must be finite and >= 0, got {value}")

@@ -103,6 +103,7 @@ class GraceDemo:
                 seed=config.seed,
                 learning_rate=config.learning_rate,
                 warmup_steps=config.warmup_steps,
+                lr_scheduler_type=config.lr_scheduler_type,
                 logging_steps=config.logging_steps,
                 eval_steps=config.logging_steps,
                 save_steps=50,
@@ -135,6 +136,7 @@ class GraceDemo:
                 seed=config.seed,
                 learning_rate=config.contrastive_learning_rate,
                 warmup_steps=config.warmup_steps,
+                lr_scheduler_type=config.lr_scheduler_type,
                 logging_steps=config.logging_steps,
                 save_total_limit=1,
             ),
@@ -269,7 +271,9 @@ def _claim(folder: Path, config: GraceDemoConfig) -> None:
             f"run_demo: output_dir must be new or hold this demo, got one with other settings in "
             f"{folder}; choose another --output-dir"
         )
-    if not settings.exists() and folder.exists() and any(folder.iterdir()):
+    # what a kill left half-written is nobody's
+    kept = [p for p in folder.glob("*") if p.suffix != ".tmp"]
+    if kept and not settings.exists():
         raise FileExistsError(
             f"run_demo: output_dir must be new or hold this demo, got other files in {folder}; "
             "choose another --output-dir"

@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from tercet.engine.config import read_yaml
-from tercet.engine.demo.config import GraceDemoConfig, PretrainConfig
+from tercet.engine.demo.config import MAX_COMPLETION_LENGTH, GraceDemoConfig, PretrainConfig
 from tercet.engine.demo.evidence import markdown, run_evidence
-from tercet.engine.demo.grace import run_demo
+from tercet.engine.demo.grace import MAX_PROMPT_LENGTH, _claim, run_demo
 from tercet.engine.demo.results import read_results
+from tercet.engine.demo.tiny import MAX_LENGTH
 from tercet.engine.demo.world import World
 from tercet.engine.grace.config import GraceConfig
 
@@ -105,6 +106,12 @@ def test_a_folder_with_another_demo_is_refused(finished, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_what_a_kill_left_half_written_is_no_other_file(tmp_path):
+    (tmp_path / "demo.yaml.tmp").write_text("output_d")
+    _claim(tmp_path, smoke(tmp_path))
+    assert "max_steps: 2" in (tmp_path / "demo.yaml").read_text()
+
+
 def test_a_stopped_demo_goes_on_and_ends_the_same(finished, tmp_path):
     config, _, whole = finished
     mine = replace(config, output_dir=str(tmp_path / "demo"))
@@ -156,9 +163,28 @@ def test_markdown_gives_mean_and_range(finished):
     assert f"{low + 0.125:.3f} ({low:.3f}-{low + 0.25:.3f})" in row
 
 
-def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="max_steps must be >= 1, got 0"):
-        GraceDemoConfig(max_steps=0)
+BAD_SETTINGS = {
+    "max_steps must be >= 1, got 0": {"max_steps": 0},
+    "num_generations must be >= 2, got 1": {"num_generations": 1},
+    "groups_per_step must be >= 2, got 1": {"groups_per_step": 1},
+    "learning_rate must be finite and >= 0, got nan": {"learning_rate": float("nan")},
+    "contrastive_learning_rate must be finite and >= 0, got -1.0": {
+        "contrastive_learning_rate": -1.0
+    },
+    "max_completion_length must be >= 1, got 0": {"max_completion_length": 0},
+    "max_completion_length must be <= 64 .*, got 65": {"max_completion_length": 65},
+    "output_dir must not be empty, got ''": {"output_dir": ""},
+}
+
+
+@pytest.mark.parametrize("message", BAD_SETTINGS)
+def test_bad_settings_are_named(message):
+    with pytest.raises(ValueError, match=f"^GraceDemoConfig: {message}"):
+        GraceDemoConfig(**BAD_SETTINGS[message])
+
+
+def test_settings_know_the_tiny_model():
+    assert MAX_COMPLETION_LENGTH == MAX_LENGTH - MAX_PROMPT_LENGTH
 
 
 @pytest.mark.slow
