@@ -13,7 +13,8 @@ work (one AdamW step per batch, no reference model, float32, no activation check
 The sides take turns step by step, so that a busy machine slows all of them alike.
 """
 
-# pyright: reportMissingImports=false  (peers are installed for benches only)
+# Peers are installed for benches only.
+# pyright: reportMissingImports=false
 
 import argparse
 import json

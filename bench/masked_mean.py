@@ -1,6 +1,7 @@
 """masked_mean and segment_mean against sentence-transformers' Pooling and a mean by bmm."""
 
-# pyright: reportMissingImports=false  (peers are installed for benches only)
+# Peers are installed for benches only.
+# pyright: reportMissingImports=false
 
 from functools import partial
 from importlib.util import find_spec

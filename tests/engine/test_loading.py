@@ -87,7 +87,7 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_read(device, tmp
 def test_weights_that_are_not_finite_are_named_first(whole):
     policy = Policy.from_pretrained(whole)
     with torch.no_grad():
-        policy.model.get_input_embeddings().weight[5, 0] = torch.inf
+        next(policy.model.parameters())[5, 0] = torch.inf
     message = r"weights of Qwen3ForCausalLM must be finite, got .* first model\.embed_tokens\.weig"
     with pytest.raises(RuntimeError, match=message):
         policy.prove_isolation()
