@@ -55,8 +55,7 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
     sampler = TransformersSampler(policy, max_batch_size=config.max_batch_size)
     dataset = _fitting(dataset, policy, config)
     system = GraceSystem(policy, sampler, dataset, config)
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.train.bf16):
-        policy.prove_isolation()  # as training will compute, and before anything is written
+    _prove_isolation(policy, config)
     with RunLog.create(folder, config, total_steps=config.train.max_steps, resume=resumes) as log:
         if not resumes:
             _tell(log, dataset, config)
@@ -114,6 +113,15 @@ def _check_not_past(folder: Path, max_steps: int) -> None:
             f"train: train.max_steps must be at least {last} to resume the run in {folder}, which "
             f"has checkpoint-{last}, got {max_steps}; raise it, or use that checkpoint"
         )
+
+
+def _prove_isolation(policy: Policy, config: GraceConfig) -> None:
+    """In the precision that training will compute in, before anything is written."""
+    try:
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.train.bf16):
+            policy.prove_isolation()
+    except FloatingPointError as error:
+        raise RuntimeError(f"train: {error}") from error
 
 
 def _fitting(dataset: Dataset, policy: Policy, config: GraceConfig) -> Dataset:
