@@ -88,7 +88,7 @@ class RunLog:
     def log(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
         """Appends a step's metrics; `show` prints its line where no live line can be drawn."""
         self.step = step
-        if self._first_step is None:
+        if self._first_step is None and step > 0:  # step 0 is an evaluation, not a pace
             self._first_step = step - 1
             self._started = time.monotonic() - metrics.get("time/step_s", 0.0)
         append_jsonl(self.folder / "metrics.jsonl", [{"step": step, **metrics}])

@@ -215,6 +215,8 @@ def test_resuming_with_other_settings_is_said(tmp_path):
 
 def test_eta_counts_the_steps_of_this_process(tmp_path):
     with run_log(tmp_path, total_steps=101) as log:
+        log.log(0, {"eval/x": 1.0})
+        assert log._eta(0) is None
         log.log(51, {"time/step_s": 2.0})
         left = float(log._eta(51) or 0)
     assert 100.0 <= left < 110.0  # 50 steps of 2 s
