@@ -8,8 +8,8 @@ from torch import Tensor
 from tercet.kernels.reference import accumulator_dtype
 
 MEBI = 2**20
-CPU_TILE_BYTES = 2 * MEBI  # stays in the cores' own caches between product and row arithmetic
-CPU_HEIGHT = 1024
+CPU_TILE_BYTES = 8 * MEBI  # stays in the last cache between the product and the row arithmetic
+CPU_HEIGHT = 2048
 CUDA_TILE_BYTES = 512 * MEBI
 CUDA_HEIGHT = 16384  # cuBLAS wants thousands of rows
 

@@ -139,8 +139,6 @@ def forward(
     entropy: bool,
 ) -> None:
     """Adds x, whose columns begin at first_column, to state: (stats [3, N], picked [N, K])."""
-    if rows.count == 0:
-        return
     stats, picked = state
     with torch.cuda.device_of(x):
         _row_softmax_fwd[(rows.count,)](
@@ -163,8 +161,6 @@ def backward(
     entropy: bool,
 ) -> None:
     """Writes contiguous dx, which may be x itself, from (RowGrads.coef, RowGrads.target)."""
-    if rows.count == 0:
-        return
     coef, d_target = grads
     with torch.cuda.device_of(x):
         _row_softmax_bwd[(rows.count,)](

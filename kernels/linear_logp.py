@@ -55,7 +55,8 @@ def _linear_logp(
     head = lt.Head.of(hidden, weight, bias)
     plan = _plan(hidden, weight, options)
     kept = empty_huge([plan.kept, len(weight)], dtype=head.accumulator, device=hidden.device)
-    result = rs.finish(_forward(head, query, lt.Tiles(plan, 1 + entropy, kept), options), query)
+    tiles = lt.Tiles(plan, 2 if entropy and not triton else 1, kept)
+    result = rs.finish(_forward(head, query, tiles, options), query)
     no_entropy = result.stats.new_empty(0)
     return (
         result.logp.view(targets.shape),
@@ -136,7 +137,8 @@ def _linear_logp_backward(
     query = rs.flatten_query("linear_logp", shape, targets, temperature, hidden)
     grads = flat_grads(g, g_entropy, logp, entropy, stats, query)
     head = lt.Head.of(hidden, weight, bias)
-    tiles = lt.Tiles(_plan(hidden, weight, chosen), 1 + (g_entropy is not None), kept)
+    scratch = g_entropy is not None and not chosen.triton
+    tiles = lt.Tiles(_plan(hidden, weight, chosen), 2 if scratch else 1, kept)
     index, blocks = lt.live_blocks(grads.live, tiles)
     if index is not None:
         query, grads = query.rows(index), grads.rows(index)
@@ -290,7 +292,9 @@ def linear_logp(
     """Log-softmax of (hidden weight^T + bias) / temperature at the targets, in nats, and entropy.
 
     Both are differentiable in hidden, weight and bias; what needs no gradient costs no product,
-    and a row without upstream gradient none in the backward.
+    and a row without upstream gradient none in the backward.  On CUDA the products run in half
+    precision when hidden and weight share that dtype, with float32 logits and sums; else in
+    float32.
 
     Args:
         targets: int32 or int64, [*rows] or [*rows, K].
