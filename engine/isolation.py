@@ -42,6 +42,7 @@ def isolation_error(
 
     Raises:
         RuntimeError: weights are not finite, or any of the three differs by more than rounding.
+        FloatingPointError: hidden states are not finite though the weights are.
     """
     _check_weights(model)
     device, vocab_size = head[0].device, len(head[0])
@@ -53,7 +54,7 @@ def isolation_error(
     if not packed.isfinite().all():
         raise FloatingPointError(
             f"Policy: hidden states of {type(model).__name__} must be finite, got NaN or infinity "
-            "on random tokens; the weights have diverged or were never loaded"
+            f"on random tokens in {dtype}; use a dtype of larger range, or another checkpoint"
         )
 
     errors, head_errors = [], []

@@ -220,6 +220,7 @@ class Policy:
         Raises:
             RuntimeError: weights are not finite, rows can see each other or their future, or the
                 head is not linear.
+            FloatingPointError: hidden states are not finite though the weights are.
         """
         with evaluating(self.model), torch.no_grad():
             error = isolation_error(self.model, self._forward, self.head(), self._compute_dtype())

@@ -192,6 +192,15 @@ def test_head_that_changes_its_logits_is_refused_by_the_proof(make_tiny_model):
         policy.hidden(pack([[1, 2, 3]]))
 
 
+def test_hidden_states_that_overflow_are_no_isolation_fault(tiny_policy):
+    with torch.no_grad():
+        tiny_policy.model.base_model.norm.weight.fill_(3e38)
+    with pytest.raises(
+        FloatingPointError, match="hidden states of Qwen3ForCausalLM must be finite"
+    ):
+        tiny_policy.hidden(pack([[1, 2]]))
+
+
 def test_proof_runs_once_and_keeps_training_mode(tiny_policy):
     calls = []
     tiny_policy.model.base_model.register_forward_hook(lambda *_: calls.append(1))
