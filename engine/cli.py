@@ -93,7 +93,7 @@ def run(function, argv: list[str], prog: str) -> int:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
         logging.getLogger(__name__).debug("%s failed", prog, exc_info=True)
         sys.stderr.write(f"{prog}: {error}\n")
         return 1
