@@ -4,7 +4,6 @@ The LM head never runs inside the model, so logits [n, vocab] do not exist in tr
 log-probs and entropies all come from the hidden states of one forward pass (`score`).
 """
 
-import logging
 import os
 import shutil
 import tempfile
@@ -14,16 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.engine.attention import (
     NAME,
@@ -34,11 +25,10 @@ from tercet.engine.attention import (
     without_masks,
 )
 from tercet.engine.isolation import isolation_error
+from tercet.engine.pretrained import load_pretrained
 from tercet.engine.records import Packed
 from tercet.kernels import linear_logp, segment_mean
 from tercet.kernels._typing import Float
-
-log = logging.getLogger(__name__)
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 # What a head does to its logits beside weight and bias, and the value that means "nothing".
@@ -48,18 +38,6 @@ LOGIT_CHANGES = {
     "logits_scaling": (None, 1, 1.0),
     "lm_head_multiplier": (None, 1, 1.0),
 }
-# What transformers raises for damaged or contradictory files, beside OSErrors that name the file.
-UNLOADABLE = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
 
 
 class LMHead(NamedTuple):
@@ -123,34 +101,10 @@ class Policy:
             ValueError: no such device here, damaged or contradictory files, weights that are
                 missing from them, or as `Policy(...)`.
         """
-        if device is not None:
-            _check_device(device)
-        folder = Path(path).expanduser()
-        if not folder.is_dir() and (isinstance(path, Path) or path.startswith(("/", ".", "~"))):
-            raise FileNotFoundError(f"Policy.from_pretrained: no folder {folder}")
-        source = str(folder) if folder.is_dir() else str(path)
-        with _loading(source, "model", "config.json and *.safetensors"):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-            )
-        model, info = cast(tuple[PreTrainedModel, dict], loaded)
-        lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        if lacking:
-            raise ValueError(
-                f"Policy.from_pretrained: {source} must hold every weight of "
-                f"{type(model).__name__}, got none or another shape for {lacking[:5]}; "
-                "compare config.json with the weights"
-            )
-        if activation_checkpointing:
-            _checkpoint_activations(model)
-        if device is not None:
-            nn.Module.to(model, device)
-        return cls(model, _load_tokenizer(source), attn=attn)
+        model, tokenizer = load_pretrained(
+            path, dtype=dtype, device=device, activation_checkpointing=activation_checkpointing
+        )
+        return cls(model, tokenizer, attn=attn)
 
     @property
     def device(self) -> torch.device:
@@ -385,57 +339,3 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"Policy: layers of {name} must be {sorted(KNOWN_LAYERS)}, got {sorted(unknown)}"
         )
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # transformers before 5.20 knows it by its older name
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        log.warning("Policy.from_pretrained: no tokenizer in %s", source)
-        return None
-    with _loading(source, "tokenizer", "tokenizer.json and tokenizer_config.json"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-
-
-@contextmanager
-def _loading(source: str, what: str, files: str) -> Iterator[None]:
-    """Gives what transformers raises for unusable files one form."""
-    try:
-        yield
-    except BaseException as error:
-        # tokenizers raises bare Exception for a tokenizer.json that it cannot use
-        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:
-            raise
-        raise ValueError(
-            f"Policy.from_pretrained: {source} must hold a loadable {what}, got "
-            f"{_first_line(error)}; compare {files} with the original, or save it again"
-        ) from error
-
-
-def _check_device(device: torch.device | str) -> None:
-    seen = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    must = f"Policy.from_pretrained: device must be one that torch can use here ({seen}), got"
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:  # lists every kind of device there is
-        raise ValueError(f"{must} {device!r}; name one of them") from error
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, ImportError) as error:
-        raise ValueError(
-            f"{must} {str(device)!r} ({_first_line(error)}); name one of them, or install the "
-            "torch build for it"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The kind of an error and its first line, and the next where that one only leads to it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return f"{type(error).__name__}: {told[:300]}"

@@ -237,7 +237,7 @@ def test_load_names_what_is_wrong(tmp_path, make_tiny_model, caplog):
     with pytest.raises(ValueError, match=r"must hold every weight of Qwen3ForCausalLM.*q_norm"):
         Policy.from_pretrained(tmp_path / "part")
     model.save_pretrained(tmp_path / "bare")
-    with caplog.at_level(logging.WARNING, logger="tercet.engine.model"):
+    with caplog.at_level(logging.WARNING, logger="tercet.engine.pretrained"):
         assert Policy.from_pretrained(tmp_path / "bare").tokenizer is None
     assert "no tokenizer" in caplog.text
 
