@@ -73,7 +73,7 @@ def markdown(found: Sequence[DemoResults]) -> str:
         f"Mean (lowest-highest) over seeds {', '.join(str(r.seed) for r in found)}; "
         f"steps of pre-training (accuracy reached) {steps}; "
         f"{min(seconds):.0f}-{max(seconds):.0f} s per seed; {_machine(found[0])}, "
-        f"commit {found[0].environment['commit']}.",
+        f"commit {_short_commit(found[0])}.",
     ]
     return "\n".join(lines)
 
@@ -86,6 +86,11 @@ def _mean_and_range(values: Sequence[float]) -> str:
 def _machine(results: DemoResults) -> str:
     facts = results.environment
     return f"{facts['cpu']}, {facts['cpu_cores']} cores"
+
+
+def _short_commit(results: DemoResults) -> str:
+    commit, plus, changes = str(results.environment["commit"]).partition("+")
+    return f"{commit[:7]}{plus}{changes}"
 
 
 def _keep(found: Sequence[DemoResults], path: Path) -> None:

@@ -157,9 +157,13 @@ def test_evidence_keeps_lines_per_seed_and_model(finished, tmp_path):
 def test_markdown_gives_mean_and_range(finished):
     _, _, results = finished
     readings = [replace(r, recall_at_1=r.recall_at_1 + 0.25) for r in results.readings]
+    facts = results.environment | {"commit": "0123456789abcdef+changes"}
+    results = replace(results, environment=facts)
     other = replace(results, seed=1, readings=readings)
     low = results.reading("document").recall_at_1
-    row = next(line for line in markdown([results, other]).splitlines() if "repaired" in line)
+    table = markdown([results, other])
+    assert "commit 0123456+changes." in table
+    row = next(line for line in table.splitlines() if "repaired" in line)
     assert f"{low + 0.125:.3f} ({low:.3f}-{low + 0.25:.3f})" in row
 
 
