@@ -10,14 +10,14 @@ work (one AdamW step per batch, no reference model, float32, no activation check
     GRPO       the 128 rollouts alone, paid by their length
     TRL GRPO   the same rollouts, the same reward
 
-The sides take turns step by step, so that a busy machine slows all of them alike.
+The sides take turns step by step, so that a busy machine slows all of them alike.  One thread, as
+in the demo: matrices this small wait for a second one.
 """
 
 # Peers are installed for benches only.
 # pyright: reportMissingImports=false
 
 import argparse
-import json
 import logging
 import os
 import statistics
@@ -220,7 +220,7 @@ def report(sides: dict[str, list[Numbers]], demo: GraceDemo, out: Path) -> None:
     shown = {side: summary(numbers) for side, numbers in sides.items()}
     ours = shown["ours"]["ms"]
     load = round(os.getloadavg()[0], 2)
-    print(f"grace_step: {name}; load {load}; {json.dumps(facts['versions'])}")
+    print(f"grace_step: {name}; load {load}; threads {facts['threads']}; {facts['versions']}")
     for side, s in shown.items():
         line = {"op": "grace_step", "case": name, "side": side, **s, "slower": s["ms"] / ours}
         line |= {"rounds": len(sides[side]) - WARM_UP, "load_1min": load}
@@ -241,9 +241,11 @@ def report(sides: dict[str, list[Numbers]], demo: GraceDemo, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; the demo runs on one")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_grace_step"))
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "grace_step.jsonl")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     demo = GraceDemo(GraceDemoConfig(output_dir=str(args.folder)), Console())
