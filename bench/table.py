@@ -12,7 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- measurements -->", "<!-- /measurements -->"
-OPS = ("masked_mean", "segment_mean", "contrastive_reward", "token_logp", "linear_logp")
+OPS = (
+    "masked_mean", "segment_mean", "contrastive_reward", "token_logp", "linear_logp",
+    "packed_forward", "grace_step",
+)  # fmt: skip
 
 
 def load() -> list[dict]:
@@ -25,9 +28,13 @@ def row(sides: list[dict]) -> str:
     """One case: our time, then each other side as a multiple of it and its extra memory."""
     ours = next(s for s in sides if s["side"] == "ours")
     others = sorted((s for s in sides if s is not ours), key=lambda s: s["slower"])
-    peers = "; ".join(f"{s['side']} {s['slower']:.2f}x, {s['extra_mb']:.0f} MB" for s in others)
+    peers = "; ".join(f"{s['side']} {s['slower']:.2f}x{memory(s)}" for s in others)
     time = f"{ours['ms']:.2f}" if ours["ms"] < 100 else f"{ours['ms']:.0f}"
-    return f"| `{ours['op']}` {ours['case']} | {time} ms, {ours['extra_mb']:.0f} MB | {peers} |"
+    return f"| `{ours['op']}` {ours['case']} | {time} ms{memory(ours)} | {peers} |"
+
+
+def memory(side: dict) -> str:
+    return f", {side['extra_mb']:.0f} MB" if "extra_mb" in side else ""
 
 
 def facts(lines: list[dict]) -> str:
@@ -46,12 +53,10 @@ def table(lines: list[dict], device: str) -> str:
     lines = [line for line in lines if line["device"] == device]
     if not lines:
         return f"{device.upper()}: not measured."
-    cases: dict[tuple[str, str], list[dict]] = {}
+    cases: dict[tuple[str, str, str], list[dict]] = {}
     for line in lines:
-        cases.setdefault((line["op"], line["case"]), []).append(line)
-    rows = [
-        row(sides) for (op, _), sides in sorted(cases.items(), key=lambda c: OPS.index(c[0][0]))
-    ]
+        cases.setdefault((line["op"], line["case"], line["machine"]), []).append(line)
+    rows = [row(sides) for _, sides in sorted(cases.items(), key=lambda c: OPS.index(c[0][0]))]
     head = "| operation, case | Tercet | others: time as a multiple of ours, extra memory |"
     return "\n".join([head, "|---|---|---|", *rows, "", f"{device.upper()}: {facts(lines)}"])
 
