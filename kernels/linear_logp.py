@@ -255,9 +255,15 @@ def _backward(ctx, g, g_entropy, *_):
 _linear_logp.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    op = "linear_logp"
+def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless hidden [*, hidden] and the head fit each other."""
     named = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, x in named.items():
+        if isinstance(x, torch.nn.Module):
+            raise TypeError(
+                f"{op}: {name} must be a plain tensor, got a module {type(x).__name__}; "
+                "pass its weight, with adapters merged into it"
+            )
     check_float(op, **named)
     rs.check_plain(op, **named)
     check_same_device(op, **named)
@@ -276,6 +282,14 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{op}: hidden and weight must both be float64 or neither, "
             f"got {hidden.dtype} and {weight.dtype}"
         )
+
+
+def check_budget(op: str, memory_budget_mb: int) -> None:
+    """Raises TypeError or ValueError unless the budget is a whole number >= 1."""
+    if not isinstance(memory_budget_mb, int):
+        raise TypeError(f"{op}: memory_budget_mb must be a whole number, got {memory_budget_mb!r}")
+    if memory_budget_mb < 1:
+        raise ValueError(f"{op}: memory_budget_mb must be >= 1, got {memory_budget_mb}")
 
 
 def linear_logp(
@@ -309,16 +323,11 @@ def linear_logp(
         ValueError: shape, device, memory_budget_mb < 1 or temperature <= 0.
         RuntimeError: impl="triton" where Triton cannot run.
     """
-    _check(hidden, weight, bias)
+    check_head("linear_logp", hidden, weight, bias)
     temperatures = rs.check_query("linear_logp", targets, temperature, hidden)
     if memory_budget_mb is None:
         memory_budget_mb = CUDA_BUDGET_MB if hidden.is_cuda else CPU_BUDGET_MB
-    if not isinstance(memory_budget_mb, int):
-        raise TypeError(
-            f"linear_logp: memory_budget_mb must be a whole number, got {memory_budget_mb!r}"
-        )
-    if memory_budget_mb < 1:
-        raise ValueError(f"linear_logp: memory_budget_mb must be >= 1, got {memory_budget_mb}")
+    check_budget("linear_logp", memory_budget_mb)
     triton = use_triton("linear_logp", impl, hidden)
     if triton and hidden.dtype == torch.float64:
         raise TypeError("linear_logp: impl='triton' computes in float32, got float64 hidden")
