@@ -23,7 +23,7 @@ from tercet.engine.model import Policy
 from tercet.engine.records import Completion, Request
 from tercet.engine.scoring import Logps, micro_batches, score_completions
 from tercet.engine.train_config import TrainConfig
-from tercet.kernels import policy_loss
+from tercet.kernels import PolicyLossConfig, policy_loss
 from tercet.kernels._typing import Bool, Float
 
 
@@ -78,7 +78,7 @@ def optimise(
     sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
     losses: list[tuple[list[int], Tensor]] = []
     for rows in micro_batches(batch.requests, batch.completions, config.max_tokens_per_batch):
-        loss = _micro_loss(policy, batch.rows(rows), config, sums) / tokens
+        loss = _micro_loss(policy, batch.rows(rows), config, sums, tokens)
         loss.backward()
         losses.append((rows, loss.detach()))
 
@@ -105,32 +105,41 @@ def optimise(
 
 
 def _micro_loss(
-    policy: Policy, batch: Batch, config: TrainConfig, sums: defaultdict[str, Tensor]
+    policy: Policy,
+    batch: Batch,
+    config: TrainConfig,
+    sums: defaultdict[str, Tensor],
+    tokens: int,
 ) -> Tensor:
-    """Loss summed over the tokens of a micro-batch; adds its metrics to `sums`."""
+    """Loss of a micro-batch, its share of 1/T; adds its metrics to `sums`."""
     device = policy.device
     scored = score_completions(policy, batch.requests, batch.completions, config, entropy=True)
-    assert scored.entropy is not None
     old = None if batch.old_logp is None else torch.cat(batch.old_logp)
-    out = policy_loss(
+    loss, metrics = policy_loss(
         scored.logp,
         old,
         batch.advantage.repeat_interleave(batch.lengths()).to(device),
         ref_logp=None if batch.ref_logp is None else torch.cat(batch.ref_logp),
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-        delta=config.delta,
-        beta=config.beta,
+        entropy=scored.entropy,
+        config=PolicyLossConfig(
+            loss_type="ppo",
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            delta=config.delta,
+            beta=config.beta,
+            entropy_coef=config.entropy_coef,
+        ),
+        num_items=tokens,
     )
     sampled = torch.tensor([x for c in batch.completions for x in c.logp], device=device)
     trainer = scored.logp.detach() if old is None else old
-    sums["entropy"] += scored.entropy.detach().sum()
-    sums["clip_ratio"] += out.clipped.sum()
+    clipped = metrics.clip_ratio_low + metrics.clip_ratio_high + metrics.clip_ratio_dual
+    sums["entropy"] += metrics.entropy * metrics.num_tokens
+    sums["clip_ratio"] += clipped * metrics.num_tokens
     mismatch = (trainer - sampled).abs()
     sums["sampling/logp_mismatch"] += mismatch.sum()
     worst = "sampling/logp_mismatch_max"
     sums[worst] = torch.maximum(sums[worst], mismatch.max())
     if config.beta > 0:
-        sums["kl"] += out.kl.detach().sum()
-    loss = out.loss.sum()
-    return loss - config.entropy_coef * scored.entropy.sum() if config.entropy_coef > 0 else loss
+        sums["kl"] += metrics.kl_k3 * metrics.num_tokens
+    return loss

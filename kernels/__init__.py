@@ -4,16 +4,19 @@ Every op has a plain definition in `tercet.kernels.reference` and takes
 `impl="auto"|"triton"|"torch"`: Triton on CUDA, PyTorch elsewhere, or the one named.
 """
 
+from tercet.kernels._policy_config import PolicyLossConfig
 from tercet.kernels.contrastive_reward import contrastive_reward
 from tercet.kernels.linear_logp import linear_logp
 from tercet.kernels.masked_mean import masked_mean, segment_mean
 from tercet.kernels.policy_loss import policy_loss
-from tercet.kernels.reference import ContrastiveReward, PolicyLoss, TokenLogp
+from tercet.kernels.reference import ContrastiveReward, PolicyLoss, PolicyMetrics, TokenLogp
 from tercet.kernels.token_logp import token_logp
 
 __all__ = [
     "ContrastiveReward",
     "PolicyLoss",
+    "PolicyLossConfig",
+    "PolicyMetrics",
     "TokenLogp",
     "contrastive_reward",
     "linear_logp",

@@ -1,96 +1,149 @@
-"""Clipped policy loss per token, from log-probabilities: the checked form of `policy_loss_ref`.
+r"""Policy loss and its metrics from log-probs that already exist, packed or padded.
 
-Elementwise and a few bytes per token, so plain PyTorch on every device.
+    loss = sum_i weight_i loss_i(logp_i, entropy_i),  `policy_loss_ref`
+
+One pass over about 28 bytes per token gives the loss, its derivative and every metric; the
+backward only multiplies by the upstream scalar.
 """
 
+import torch
 from torch import Tensor
 
-from tercet.kernels._checks import Impl, check_float, check_number, check_same_device
-from tercet.kernels._typing import Float
-from tercet.kernels.reference import PolicyLoss, accumulator_dtype, policy_loss_ref
+from tercet.kernels import _policy_terms as pt
+from tercet.kernels import _policy_triton as fused
+from tercet.kernels._checks import Impl, check_float, use_triton
+from tercet.kernels._policy_checks import check_tokens, token_weights
+from tercet.kernels._policy_config import PolicyLossConfig
+from tercet.kernels._typing import Bool, Float, Int
+from tercet.kernels.reference import DEFAULT_POLICY_LOSS, PolicyLoss, accumulator_dtype
+
+
+@torch.library.custom_op("tercet::policy_loss", mutates_args=())
+def _policy_loss(
+    logp: Tensor,
+    entropy: Tensor | None,
+    old_logp: Tensor | None,
+    advantage: Tensor | None,
+    ref_logp: Tensor | None,
+    sampler_logp: Tensor | None,
+    weights: Tensor,
+    counted: Tensor,
+    loss_type: str,
+    kl_estimator: str,
+    numbers: list[float],
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulator_dtype(logp)
+    given = old_logp, advantage, ref_logp, sampler_logp
+    kind = pt.Kind.parse(loss_type, kl_estimator, numbers)
+    spread = None if entropy is None else entropy.reshape(-1).to(dtype).contiguous()
+    tokens = pt.Tokens.flat(dtype, counted, weights, *given)
+    slopes = fused.slopes if triton else pt.slopes
+    out = slopes(logp.reshape(-1).to(dtype).contiguous(), spread, tokens, kind)
+    d_entropy = out.stats.new_empty(0) if out.entropy is None else out.entropy.view(logp.shape)
+    return out.stats[0].clone(), out.stats, out.logp.view(logp.shape), d_entropy
+
+
+@_policy_loss.register_fake
+def _(
+    logp, entropy, old_logp, advantage, ref_logp, sampler_logp, weights, counted,
+    loss_type, kl_estimator, numbers, triton,
+):  # fmt: skip
+    dtype = accumulator_dtype(logp)
+    bonus = pt.Kind.parse(loss_type, kl_estimator, numbers).entropy_coef > 0
+    return (
+        logp.new_empty((), dtype=dtype),
+        logp.new_empty(pt.NUM_STATS, dtype=dtype),
+        logp.new_empty(logp.shape, dtype=dtype),
+        logp.new_empty(logp.shape if bonus else (0,), dtype=dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    logp, entropy = inputs[:2]
+    ctx.dtypes = logp.dtype, None if entropy is None else entropy.dtype
+    ctx.bonus = output[3].shape == logp.shape
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, upstream, *_):
+    d_logp, d_entropy = ctx.saved_tensors
+    grads = [None] * 12
+    if ctx.needs_input_grad[0]:
+        grads[0] = pt.scaled(d_logp, upstream, ctx.dtypes[0])
+    if ctx.needs_input_grad[1] and ctx.bonus:
+        grads[1] = pt.scaled(d_entropy, upstream, ctx.dtypes[1])
+    return tuple(grads)
+
+
+_policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def policy_loss(
     logp: Float[Tensor, "*n"],
     old_logp: Float[Tensor, "*n"] | None,
-    advantage: Float[Tensor, "*n"],
+    advantage: Float[Tensor, "*n"] | None,
     *,
     ref_logp: Float[Tensor, "*n"] | None = None,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
+    sampler_logp: Float[Tensor, "*n"] | None = None,
+    entropy: Float[Tensor, "*n"] | None = None,
+    mask: Bool[Tensor, "*n"] | None = None,
+    config: PolicyLossConfig = DEFAULT_POLICY_LOSS,
+    num_items: float | Float[Tensor, ""] | None = None,
+    weights: Float[Tensor, "*n"] | None = None,
+    cu_seqlens: Int[Tensor, " sequences_plus_1"] | None = None,
+    sequence_ids: Int[Tensor, "*n"] | None = None,
     impl: Impl = "auto",
 ) -> PolicyLoss:
-    """Clipped surrogate of PPO with dual clip and k3 KL, per token; log-probs in nats.
+    """Policy loss, a scalar, and its metrics, from log-probs in nats: see PolicyLossConfig.
 
-        r = exp(clamp(logp - old_logp, -20, 20))
-        loss = -max(min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), delta A if A < 0)
-             + beta (exp(ref - logp) - (ref - logp) - 1)
-
-    Differentiable in logp alone; not reduced, so a mask and a token count are the caller's.
-    Source: arXiv:1707.06347, eq. 7; asymmetric clip arXiv:2503.14476, eq. 10; dual clip
-    arXiv:1912.09729, eq. 5; KL estimate arXiv:2402.03300, eq. 4.
+    Differentiable in logp and, under an entropy bonus, in entropy.  A token that does not count
+    may hold anything, NaN included.
 
     Args:
-        old_logp: None means on-policy: the ratio is 1 and its gradient that of logp.
-        epsilon_high: upper clip; None means epsilon.
-        delta: dual clip, > 1: bounds the loss of a token with negative advantage.
-        beta: weight of the KL term, >= 0 and finite; needs ref_logp unless 0.
+        old_logp: before the update; None means on-policy: the ratio is 1, its gradient logp's.
+        advantage: per token; None for "sft" alone.
+        ref_logp: of the reference; needed where beta > 0, else for the metrics.
+        sampler_logp: of the engine that sampled the tokens.  The loss without KL is multiplied by
+            min(exp(old_logp - sampler_logp), importance_sampling_clip_max).
+        entropy: of the policy; needed where entropy_coef > 0, else for the metrics.
+        mask: true on the tokens that count; None counts all.
+        num_items: tokens (token_mean) or sequences (the other aggregations) of the whole optimiser
+            step, so that cutting it into calls changes nothing; None: those of this call.
+        weights: of each token, in place of the aggregation: the loss is their weighted sum.
+        cu_seqlens: boundaries of packed sequences, whole ones; needed by sequence_mean and by
+            constant without num_items, unless sequence_ids are given or the tensors are padded
+            [sequences, t].  Values are checked on a CPU and trusted on CUDA, as are sequence_ids.
+        sequence_ids: of each token, in [0, n).
 
     Raises:
         TypeError: type or dtype of an argument.
-        ValueError: shapes or devices differ, or an option is out of its range.
+        ValueError: shapes or devices differ, or config asks for what is not given.
+        RuntimeError: impl="triton" where Triton cannot run; a second derivative.
     """
-    optional = {"old_logp": old_logp, "ref_logp": ref_logp}
-    tensors = {"logp": logp, "advantage": advantage}
-    tensors |= {name: x for name, x in optional.items() if x is not None}
-    check_float("policy_loss", **tensors)
-    check_same_device("policy_loss", **tensors)
-    for name, x in tensors.items():
-        if x.shape != logp.shape:
-            raise ValueError(
-                f"policy_loss: {name} must have logp's shape {tuple(logp.shape)}, "
-                f"got {tuple(x.shape)}"
-            )
-    _check_options(epsilon, epsilon_high, delta, beta, has_reference=ref_logp is not None)
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"policy_loss: impl must be 'auto' or 'torch', got {impl!r}")
-    dtype = accumulator_dtype(logp)
-    return policy_loss_ref(
-        logp.to(dtype),
-        None if old_logp is None else old_logp.detach().to(dtype),
-        advantage.detach().to(dtype),
-        ref_logp=None if ref_logp is None else ref_logp.detach().to(dtype),
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        beta=beta,
+    op = "policy_loss"
+    check_float(op, logp=logp)
+    given = {
+        "old_logp": old_logp,
+        "advantage": advantage,
+        "ref_logp": ref_logp,
+        "sampler_logp": sampler_logp,
+    }
+    check_tokens(op, config, logp, logp.shape, mask, **given, weights=weights, entropy=entropy)
+    if config.entropy_coef > 0 and entropy is None:
+        raise ValueError(f"{op}: entropy_coef={config.entropy_coef} needs entropy, got None")
+    triton = use_triton(op, impl, logp)
+    if triton and logp.dtype == torch.float64:
+        raise TypeError(f"{op}: impl='triton' computes in float32, got float64 logp")
+    counted = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+    per_token = token_weights(
+        op, config, counted, accumulator_dtype(logp),
+        weights=weights, num_items=num_items, cu_seqlens=cu_seqlens, sequence_ids=sequence_ids,
+    )  # fmt: skip
+    parts = [None if x is None else x.detach() for x in given.values()]
+    kind = pt.Kind.of(config)
+    loss, stats, _, _ = _policy_loss(
+        logp, entropy, *parts, per_token, counted, *kind[:2], list(kind[2:]), triton
     )
-
-
-def _check_options(
-    epsilon: float,
-    epsilon_high: float | None,
-    delta: float | None,
-    beta: float,
-    *,
-    has_reference: bool,
-) -> None:
-    check_number("policy_loss", epsilon=epsilon, beta=beta)
-    bounds = {"epsilon_high": epsilon_high, "delta": delta}
-    check_number("policy_loss", **{name: x for name, x in bounds.items() if x is not None})
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"policy_loss: epsilon must be in [0, 1], got {epsilon}")
-    if epsilon_high is not None and not epsilon_high >= 0:
-        raise ValueError(f"policy_loss: epsilon_high must be >= 0, got {epsilon_high}")
-    if delta is not None and not delta > 1:
-        raise ValueError(f"policy_loss: delta must be > 1, got {delta}")
-    if not beta >= 0:
-        raise ValueError(f"policy_loss: beta must be >= 0, got {beta}")
-    if beta == float("inf"):
-        raise ValueError(f"policy_loss: beta must be finite, got {beta}")
-    if beta > 0 and not has_reference:
-        raise ValueError(
-            f"policy_loss: beta={beta} needs ref_logp, got None; give it or set beta=0"
-        )
+    return PolicyLoss(loss, pt.metrics_of(stats.detach()))

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tercet.kernels._policy_config import PolicyLossConfig
 from tercet.kernels._typing import Bool, Float, Int
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
+MAX_LOG_RATIO = 20.0  # nats; differences of log-probs are cut here, where their gradient ends
+DEFAULT_POLICY_LOSS = PolicyLossConfig()
 
 Repulsion = Literal["query", "document"]
 RewardForm = Literal["sum", "info_nce"]
@@ -187,48 +190,252 @@ def linear_logp_ref(
     return token_logp_ref(logits, targets, temperature=temperature, return_entropy=return_entropy)
 
 
-class PolicyLoss(NamedTuple):
-    """Per-token policy loss, not reduced: dividing by a token count is the caller's job."""
+class PolicyTerms(NamedTuple):
+    """Policy loss of each token, not reduced, and what is worth knowing of it (detached)."""
 
-    loss: Float[Tensor, " n"]
-    ratio: Float[Tensor, " n"]  # exp(logp - old_logp), the importance ratio, detached
-    clipped: Bool[Tensor, " n"]  # tokens whose policy gradient a clip has cut to zero
-    kl: Float[Tensor, " n"]  # k3 estimate of KL(policy || reference) in nats; 0 without ref_logp
+    loss: Float[Tensor, "*n"]
+    ratio: Float[Tensor, "*n"]  # exp(logp - old_logp), the importance ratio
+    clipped_low: Bool[Tensor, "*n"]  # r below its lower bound: no policy gradient
+    clipped_high: Bool[Tensor, "*n"]  # above its upper bound; in cispo its weight is cut
+    clipped_dual: Bool[Tensor, "*n"]  # the loss is cut to -delta A
+    kl_k1: Float[Tensor, "*n"]  # estimates of KL(policy || reference) in nats; 0 without ref_logp
+    kl_k2: Float[Tensor, "*n"]
+    kl_k3: Float[Tensor, "*n"]
+    sampler_ratio: Float[Tensor, "*n"]  # exp(old_logp - sampler_logp), not capped; 1 without
+
+
+def _exp_difference(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def policy_loss_ref(
+    logp: Float[Tensor, "*n"],
+    old_logp: Float[Tensor, "*n"] | None,
+    advantage: Float[Tensor, "*n"] | None,
+    *,
+    ref_logp: Float[Tensor, "*n"] | None = None,
+    sampler_logp: Float[Tensor, "*n"] | None = None,
+    entropy: Float[Tensor, "*n"] | None = None,
+    config: PolicyLossConfig = DEFAULT_POLICY_LOSS,
+) -> PolicyTerms:
+    """Policy loss of each token: `loss_type` * sampler weight + beta KL - entropy_coef entropy.
+
+        r = exp(logp - old_logp);  u = r A;  A = 1 for sft
+        clipped types    -max(min(u, clip(r, 1 - epsilon, 1 + epsilon_high) A), delta A if A < 0)
+        cispo            -stop_gradient(min(r, epsilon_high)) A logp
+        sapo             -4 sigmoid(tau (r - 1)) A / tau
+        reinforce, sft   -A logp
+        sampler weight   stop_gradient(min(exp(old_logp - sampler_logp), cap))
+        KL, x = ref_logp - logp:  k1 = -x,  k2 = x^2 / 2,  k3 = exp(x) - x - 1
+
+    `old_logp=None` means on-policy: r = 1, with the gradient of logp.
+    """
+    old = logp.detach() if old_logp is None else old_logp.detach()
+    a = torch.ones_like(logp) if advantage is None else advantage.detach()
+    ratio = _exp_difference(logp, old)
+    loss, low, high, dual = _surrogate_ref(logp, ratio, a, config)
+    sampler_ratio = torch.ones_like(logp.detach())
+    if sampler_logp is not None:
+        sampler_ratio = _exp_difference(old, sampler_logp.detach())
+        loss = loss * sampler_ratio.clamp(max=config.importance_sampling_clip_max)
+    kls = [torch.zeros_like(logp)] * 3
+    if ref_logp is not None:
+        x = (ref_logp.detach() - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        kls = [-x, x.square() / 2, x.exp() - x - 1]
+    if config.beta > 0:
+        loss = loss + config.beta * kls[("k1", "k2", "k3").index(config.kl_estimator)]
+    if config.entropy_coef > 0:
+        assert entropy is not None
+        loss = loss - config.entropy_coef * entropy
+    k1, k2, k3 = (kl.detach() for kl in kls)
+    return PolicyTerms(loss, ratio.detach(), low, high, dual, k1, k2, k3, sampler_ratio)
+
+
+def _surrogate_ref(
+    logp: Tensor, ratio: Tensor, a: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss without KL and entropy, and which tokens are cut below, above and by the dual clip."""
+    never = torch.zeros_like(a, dtype=torch.bool)
+    if config.loss_type in ("reinforce", "sft"):
+        return -a * logp, never, never, never
+    if config.loss_type == "cispo":
+        high = (ratio > config.upper) & (a != 0)
+        return -ratio.detach().clamp(max=config.upper) * a * logp, never, high, never
+    if config.loss_type == "sapo":
+        up = (a > 0).to(a.dtype)
+        tau = config.sapo_temperature_pos * up + config.sapo_temperature_neg * (1 - up)
+        return -4 * torch.sigmoid(tau * (ratio - 1)) * a / tau, never, never, never
+    low = (a < 0) & (ratio < 1 - config.epsilon)
+    high = (a > 0) & (ratio > config.upper)
+    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - config.epsilon, config.upper) * a)
+    if config.delta is None:
+        return -surrogate, low, high, never
+    floor = torch.where(a < 0, config.delta * a, -torch.inf)
+    return -torch.maximum(surrogate, floor), low, high, surrogate < floor
+
+
+def aggregation_weights(
+    counted: Bool[Tensor, "*n"],
+    config: PolicyLossConfig,
+    *,
+    num_items: float | Float[Tensor, ""] | None = None,
+    sequence_ids: Int[Tensor, "*n"] | None = None,
+    num_sequences: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "*n"]:
+    """Weight of each token in `dtype`: the loss is the sum of weight * loss of a token.
+
+    `num_items` counts tokens (token_mean) or sequences (the others) of the whole optimiser step;
+    None counts those of this call, where a sequence without a counted token is none.
+    `sequence_ids` are in [0, num_sequences); token_mean needs none.
+    """
+    lengths = None
+    if sequence_ids is not None:
+        ids = sequence_ids.flatten().to(torch.int64)
+        lengths = ids.new_zeros(num_sequences).index_add_(0, ids, counted.flatten().long())
+    if num_items is None:
+        if config.aggregates == "token_mean":
+            num_items = counted.sum()
+        else:
+            assert lengths is not None
+            num_items = (lengths > 0).sum()
+    if isinstance(num_items, Tensor):
+        num_items = num_items.detach().clamp(min=1)
+    weights = counted.to(dtype) / num_items
+    if config.aggregates == "sequence_mean":
+        assert sequence_ids is not None
+        assert lengths is not None
+        return weights / lengths.clamp(min=1)[sequence_ids.to(torch.int64)]
+    if config.aggregates == "constant":
+        assert config.max_completion_length is not None
+        return weights / config.max_completion_length
+    return weights
+
+
+class PolicyMetrics(NamedTuple):
+    """What one call saw: means over its counted tokens unless said otherwise; all are scalars.
+
+    A call without a counted token has zeros.
+    """
+
+    clip_ratio_low: Float[Tensor, ""]  # share of tokens, as PolicyTerms.clipped_low
+    clip_ratio_high: Float[Tensor, ""]
+    clip_ratio_dual: Float[Tensor, ""]
+    kl_k1: Float[Tensor, ""]  # nats
+    kl_k2: Float[Tensor, ""]
+    kl_k3: Float[Tensor, ""]
+    ratio_mean: Float[Tensor, ""]
+    ratio_max: Float[Tensor, ""]  # largest
+    entropy: Float[Tensor, ""]  # nats; 0 when it was not given
+    sampler_ratio_mean: Float[Tensor, ""]  # p_old / p_sampler before its cap
+    sampler_ratio_max: Float[Tensor, ""]  # largest
+    num_tokens: Float[Tensor, ""]  # counted: neither masked nor ignored
+    num_live: Float[Tensor, ""]  # counted and with a gradient that is not zero
+
+
+class PolicyLoss(NamedTuple):
+    """Scalar loss, differentiable, and metrics, which are not."""
+
+    loss: Float[Tensor, ""]
+    metrics: PolicyMetrics
+
+
+def policy_total_ref(
     logp: Float[Tensor, " n"],
     old_logp: Float[Tensor, " n"] | None,
-    advantage: Float[Tensor, " n"],
+    advantage: Float[Tensor, " n"] | None,
     *,
+    weights: Float[Tensor, " n"],
     ref_logp: Float[Tensor, " n"] | None = None,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
+    sampler_logp: Float[Tensor, " n"] | None = None,
+    entropy: Float[Tensor, " n"] | None = None,
+    config: PolicyLossConfig = DEFAULT_POLICY_LOSS,
 ) -> PolicyLoss:
-    """Clipped surrogate of PPO with dual clip and k3 KL, per token.
+    """Sum of weights * `policy_loss_ref` over n counted tokens, and the metrics."""
 
-        r = exp(clamp(logp - old_logp, -20, 20));  unclipped = r A
-        loss = -min(unclipped, clip(r, 1 - epsilon, 1 + epsilon_high) A)
-        loss = min(loss, -delta A) where A < 0 and delta is given   (dual clip, arXiv:1912.09729)
-        loss += beta (exp(ref - logp) - (ref - logp) - 1)
+    def terms_of(logp: Tensor, entropy: Tensor | None) -> PolicyTerms:
+        return policy_loss_ref(
+            logp, old_logp, advantage,
+            ref_logp=ref_logp, sampler_logp=sampler_logp, entropy=entropy, config=config,
+        )  # fmt: skip
 
-    `old_logp=None` means on-policy: the ratio is 1 and its gradient that of logp (REINFORCE).
+    def mean(x: Tensor) -> Tensor:
+        return x.detach().to(weights.dtype).sum() / max(len(logp), 1)
+
+    def largest(x: Tensor) -> Tensor:
+        return x.max() if len(x) else mean(x)
+
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (logp, entropy) if x is not None]
+        total = (weights.detach() * terms_of(*inputs, *[None] * (2 - len(inputs))).loss).sum()
+        slopes = torch.autograd.grad(total, inputs, allow_unused=True)
+    live = torch.stack([slope for slope in slopes if slope is not None]).ne(0).any(0)
+
+    terms = terms_of(logp, entropy)
+    metrics = PolicyMetrics(
+        clip_ratio_low=mean(terms.clipped_low),
+        clip_ratio_high=mean(terms.clipped_high),
+        clip_ratio_dual=mean(terms.clipped_dual),
+        kl_k1=mean(terms.kl_k1),
+        kl_k2=mean(terms.kl_k2),
+        kl_k3=mean(terms.kl_k3),
+        ratio_mean=mean(terms.ratio),
+        ratio_max=largest(terms.ratio),
+        entropy=mean(torch.zeros_like(logp) if entropy is None else entropy),
+        sampler_ratio_mean=mean(terms.sampler_ratio),
+        sampler_ratio_max=largest(terms.sampler_ratio),
+        num_tokens=mean(torch.ones_like(logp)) * len(logp),
+        num_live=mean(live) * len(logp),
+    )
+    return PolicyLoss((weights * terms.loss).sum(), metrics)
+
+
+def policy_head_ref(
+    hidden: Float[Tensor, "n hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, " n"],
+    old_logp: Float[Tensor, " n"] | None,
+    advantage: Float[Tensor, " n"] | None,
+    *,
+    weights: Float[Tensor, " n"],
+    ref_logp: Float[Tensor, " n"] | None = None,
+    sampler_logp: Float[Tensor, " n"] | None = None,
+    mask: Bool[Tensor, " n"] | None = None,
+    ignore_index: int = -100,
+    bias: Float[Tensor, " vocab"] | None = None,
+    temperature: float | Float[Tensor, " n"] = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    config: PolicyLossConfig = DEFAULT_POLICY_LOSS,
+) -> PolicyLoss:
+    """Sum over the counted tokens of weights * policy loss, from hidden states and the LM head.
+
+    A token counts unless `mask` is false or its target is `ignore_index`.  Logits:
+        x = logit_scale (hidden weight^T + bias),  then softcap tanh(x / softcap) when given
     """
-    old = logp.detach() if old_logp is None else old_logp
-    ratio = (logp - old).clamp(-20.0, 20.0).exp()
-    high = epsilon if epsilon_high is None else epsilon_high
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
-    clipped = ((advantage > 0) & (ratio > 1 + high)) | ((advantage < 0) & (ratio < 1 - epsilon))
-    if delta is not None:
-        floor = torch.where(
-            advantage < 0, delta * advantage, torch.full_like(advantage, -torch.inf)
-        )
-        clipped = clipped | (surrogate < floor)
-        surrogate = torch.maximum(surrogate, floor)
-    kl = torch.zeros_like(logp)
-    if ref_logp is not None:
-        log_ratio = (ref_logp - logp).clamp(-20.0, 20.0)
-        kl = log_ratio.exp() - log_ratio - 1
-    return PolicyLoss(beta * kl - surrogate, ratio.detach(), clipped, kl)
+    counted = targets != ignore_index
+    counted = counted if mask is None else counted & mask
+
+    def kept(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[counted]
+
+    dtype = accumulator_dtype(hidden)
+    wide_bias = None if bias is None else bias.to(dtype)
+    logits = logit_scale * F.linear(hidden[counted].to(dtype), weight.to(dtype), wide_bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        temperature = temperature[counted]
+    logp, entropy = token_logp_ref(
+        logits, targets[counted].to(torch.int64), temperature=temperature, return_entropy=True
+    )
+    return policy_total_ref(
+        logp,
+        kept(old_logp),
+        kept(advantage),
+        weights=weights[counted],
+        ref_logp=kept(ref_logp),
+        sampler_logp=kept(sampler_logp),
+        entropy=entropy,
+        config=config,
+    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tercet.kernels import (
+    PolicyLossConfig,
     contrastive_reward,
     linear_logp,
     masked_mean,
@@ -45,8 +46,7 @@ TYPE_ERRORS = {
     "policy_loss: logp must be a tensor, got None": partial(policy_loss, None, None, ROW),
     "policy_loss: advantage must be a tensor, got None": partial(policy, None),
     "policy_loss: old_logp must be a tensor, got list": partial(policy_loss, ROW, [0.0], ROW),
-    "policy_loss: beta must be a number, got None": partial(policy, ROW, beta=None),
-    "policy_loss: delta must be a number, got str": partial(policy, ROW, delta="a"),
+    "policy_loss: config must be a PolicyLossConfig, got dict": partial(policy, ROW, config={}),
     "policy_loss: logp must be a floating-point tensor, got torch.float8_e4m3fn": partial(
         policy_loss, ROW.to(torch.float8_e4m3fn), None, ROW
     ),
@@ -73,7 +73,9 @@ VALUE_ERRORS = {
     "contrastive_reward: negative_weight must be finite and >= 0, got -1.0": partial(
         reward, negative_weight=-1.0
     ),
-    "policy_loss: beta must be finite, got inf": partial(policy, ROW, ref_logp=ROW, beta=math.inf),
+    "policy_loss: num_items must be > 0 and finite, got inf": partial(
+        policy, ROW, num_items=math.inf
+    ),
     "linear_logp: hidden must be [*, hidden >= 1], got (2, 0)": partial(
         linear_logp, X[:, :0], torch.ones(4, 0), TARGETS
     ),
@@ -108,7 +110,8 @@ def test_the_same_calls_with_good_arguments():
     zero = {"negative_weight": 0, "consistency_weight": 0, "hard_weight": 0}
     total = reward(temperature=1, **zero).total
     assert total.flatten().tolist() == pytest.approx([1.0, 1.0])
-    assert policy(ROW, ref_logp=ROW, beta=1, delta=math.inf).loss.tolist() == [-1.0, -1.0]
+    loud = PolicyLossConfig(beta=1, delta=math.inf)
+    assert policy(ROW, ref_logp=ROW, config=loud, num_items=1).loss.item() == -2.0
     assert token(TARGETS, temperature=2).logp.exp().tolist() == pytest.approx([1 / 3] * 2)
     assert linear(TARGETS, memory_budget_mb=1).logp.exp().tolist() == pytest.approx([1 / 4] * 2)
 

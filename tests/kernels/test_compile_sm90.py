@@ -18,6 +18,7 @@ ACC = "tl.float32"  # strings that begin with "tl." are looked up in triton.lang
 MEAN = "_masked_mean_triton"
 REWARD = "_contrastive_reward_triton"
 ROW = "_row_softmax_triton"
+POLICY = "_policy_triton"
 SLOT = {"SPLIT_T": 256, "BLOCK_T": 16, "BLOCK_H": 256}
 STRIDES = {"stride_xb": "i64", "stride_xt": "i64"}
 
@@ -162,10 +163,34 @@ ROW_KERNELS = [
     for entropy in (False, True)
     for kernel in _row_kernels(dtype, entropy)
 ]
+
+
+def _token_kernel(form: int, **absent: None) -> Kernel:
+    kinds = ("logp", "entropy", "old", "advantage", "ref", "sampler", "weight", "slope", "dentropy")
+    pointers = {f"{name}_ptr": "*fp32" for name in (*kinds, "stats")} | {"counted_ptr": "*u8"}
+    numbers = ("lower", "upper", "delta", "beta", "entropy_coef", "tau_pos", "tau_neg", "cap")
+    flags = {"KL": 0 if absent else 3, "BONUS": not absent, "MAX": 20.0, "NUM_STATS": 14}
+    return Kernel(
+        POLICY,
+        "_policy_tokens",
+        {k: v for k, v in pointers.items() if k not in absent} | dict.fromkeys(numbers, "fp32"),
+        {"FORM": form, "BLOCK_N": 1024} | flags | absent,
+        wide=True,
+    )
+
+
+NOT_GIVEN = dict.fromkeys(
+    f"{name}_ptr" for name in ("entropy", "old", "ref", "sampler", "dentropy")
+)
+POLICY_KERNELS = [
+    *(_token_kernel(form) for form in range(4)),
+    _token_kernel(0, **NOT_GIVEN),
+]
 KERNELS: list[Kernel] = [
     *MEAN_KERNELS,
     *REWARD_KERNELS,
     *ROW_KERNELS,
+    *POLICY_KERNELS,
 ]
 
 
