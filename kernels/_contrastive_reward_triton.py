@@ -123,15 +123,11 @@ def _cross_fwd(
     count = tl.zeros((BLOCK_R,), tl.float32)
     first = share.to(tl.int64) * tiles_per_share
     for tile in range(first, first + tiles_per_share):
-        groups = tile * BLOCK_J + tl.arange(0, BLOCK_J)
-        ids = tl.load(id_ptr + groups, mask=groups < B, other=0) if HAS_IDS else groups
-        other = (groups < B)[None, :] & (ids[None, :] != row_id[:, None])  # [BLOCK_R, BLOCK_J]
         best = tl.full((BLOCK_R, BLOCK_J), float("-inf"), tl.float32)
         for low in range(0, COL_G, BLOCK_L):
             col_group = (tile * BLOCK_J + slots // BLOCK_L).to(tl.int64)
             col_slot = (low + slots % BLOCK_L).to(tl.int64)
             col_kept = (col_group < B) & (col_slot < COL_G)
-            inv_col = tl.load(inv_col_ptr + col_group * COL_G + col_slot, mask=col_kept, other=0.0)
             col_ptrs = col_ptr + col_group * stride_cb + col_slot * stride_cg
             acc = tl.zeros((BLOCK_R, BLOCK_J * BLOCK_L), tl.float32)
             for start in range(0, H, BLOCK_H):
@@ -147,10 +143,12 @@ def _cross_fwd(
                 if UPCAST:  # the interpreter multiplies bfloat16 as integers
                     a, c = a.to(tl.float32), c.to(tl.float32)
                 acc = tl.dot(a, c, acc, input_precision="ieee")
+            # what the products do not need is loaded behind them: registers are short there
+            inv_col = tl.load(inv_col_ptr + col_group * COL_G + col_slot, mask=col_kept, other=0.0)
             acc = acc * inv_row[:, None] * inv_col[None, :]
             if LSE:
-                keep = tl.broadcast_to(other[:, :, None], (BLOCK_R, BLOCK_J, BLOCK_L))
-                keep = tl.reshape(keep, (BLOCK_R, BLOCK_J * BLOCK_L)) & col_kept[None, :]
+                ids = tl.load(id_ptr + col_group, mask=col_kept, other=0) if HAS_IDS else col_group
+                keep = col_kept[None, :] & (ids[None, :] != row_id[:, None])
                 z = tl.where(keep, acc / temperature, float("-inf"))
                 m_new = tl.maximum(m, tl.max(z, axis=1))
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -163,6 +161,9 @@ def _cross_fwd(
                 acc = tl.reshape(acc, (BLOCK_R, BLOCK_J, BLOCK_L))
                 best = tl.maximum(best, tl.max(acc, axis=2))
         if not LSE:
+            groups = tile * BLOCK_J + tl.arange(0, BLOCK_J)
+            ids = tl.load(id_ptr + groups, mask=groups < B, other=0) if HAS_IDS else groups
+            other = (groups < B)[None, :] & (ids[None, :] != row_id[:, None])  # [BLOCK_R, BLOCK_J]
             best = tl.where(best == float("inf"), float("nan"), best)
             total += tl.sum(tl.where(other, best, 0.0), axis=1)
             count += tl.sum(other.to(tl.float32), axis=1)
@@ -263,6 +264,9 @@ def forward(
     block_j = BLOCK_C // block_l
     tiles_per_share, num_shares = _shares(num_groups, num_rows, block_j)
     shares = rollouts.new_empty((3, num_shares, num_rows), dtype=torch.float32).unbind()
+    wide = (
+        rollouts.dtype == torch.float32
+    )  # no tensor cores: the tile's products pass through registers
     _cross_fwd[(triton.cdiv(num_rows, BLOCK_R) * num_shares,)](
         row[0], col[0], row[2], col[2], group_ids, *shares, *row[1], *col[1],
         B=num_groups, ROW_G=row[3], COL_G=col[3], H=hidden,
@@ -270,7 +274,7 @@ def forward(
         temperature=temperature,
         LSE=lse, HAS_IDS=group_ids is not None, UPCAST=interpreting(),
         BLOCK_R=BLOCK_R, BLOCK_J=block_j, BLOCK_L=block_l,
-        BLOCK_H=32 if rollouts.dtype == torch.float32 else 64, num_warps=8,
+        BLOCK_H=16 if wide else 64, num_warps=8 if wide else 4,
     )  # fmt: skip
 
     negative_weight, consistency_weight, hard_weight = weights
