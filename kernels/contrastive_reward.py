@@ -134,16 +134,17 @@ def _contrastive_reward(
     if triton:
         from tercet.kernels import _contrastive_reward_triton
 
-        return _contrastive_reward_triton.forward(
-            rollouts,
-            queries,
-            negatives,
-            group_ids,
-            lse=form == "info_nce",
-            document=repulsion == "document",
-            temperature=temperature,
-            weights=(negative_weight, consistency_weight, hard_weight),
-        )
+        with torch.cuda.device_of(rollouts):  # launches go to the current device
+            return _contrastive_reward_triton.forward(
+                rollouts,
+                queries,
+                negatives,
+                group_ids,
+                lse=form == "info_nce",
+                document=repulsion == "document",
+                temperature=temperature,
+                weights=(negative_weight, consistency_weight, hard_weight),
+            )
     positive, negative, consistency, hard = _torch_fwd(
         rollouts,
         queries,
