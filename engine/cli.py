@@ -21,7 +21,7 @@ COMMANDS = {
         "tercet.engine.demo.grace:main", "train GRACE on a small world and show what it learnt"
     ),
     "grace train": Command(
-        "tercet.engine.grace.train:main", "reward rationales contrastively and train on them"
+        "tercet.engine.grace.training:main", "reward rationales contrastively and train on them"
     ),
     "grace encode": Command(
         "tercet.engine.grace.commands:encode", "texts in, vectors and rationales out"

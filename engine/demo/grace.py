@@ -36,7 +36,7 @@ from tercet.engine.grace.data import load_dataset
 from tercet.engine.grace.encoder import GraceEncoder
 from tercet.engine.grace.fit import FitConfig
 from tercet.engine.grace.rewards import Form, RewardConfig
-from tercet.engine.grace.train import train
+from tercet.engine.grace.training import train
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.report import write_report

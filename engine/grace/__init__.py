@@ -6,32 +6,18 @@ Source: arXiv:2510.04506.  Loading this package loads no torch; its names do.
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tercet.engine.grace.config import GraceConfig
     from tercet.engine.grace.encoder import GraceEncoder
-    from tercet.engine.grace.train import train
+    from tercet.engine.grace.training import train
 
 _HOMES = {
     "GraceConfig": "tercet.engine.grace.config",
     "GraceEncoder": "tercet.engine.grace.encoder",
-    "train": "tercet.engine.grace.train",
+    "train": "tercet.engine.grace.training",
 }
-
-
-class _Package(types.ModuleType):
-    """Keeps `grace.train` the function after the submodule of that name has been loaded."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, types.ModuleType) and name in _HOMES:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:
