@@ -40,6 +40,7 @@ from tercet.kernels import _contrastive_reward_triton as reward
 from tercet.kernels import _masked_mean_triton as mean
 from tercet.kernels import _policy_terms as terms
 from tercet.kernels import _policy_triton as policy
+from tercet.kernels import _row_softmax as softmax
 from tercet.kernels import _row_softmax_triton as rows
 from tercet.kernels._policy_config import PolicyLossConfig
 
@@ -310,6 +311,22 @@ def judged(n: int, config: PolicyLossConfig, *, everything: bool) -> Launch:
     return Launch(f"policy_loss {config.loss_type} {n}", run, arrays * x.nbytes + counted.nbytes)
 
 
+def derived(
+    dtype: torch.dtype, n: int, columns: int, *, index: bool, entropy: bool, softcap: float | None
+) -> Launch:
+    """Gradient of n rows of a tile of policy_head's logits, to the operands' dtype."""
+    x, dx = _meta(n, columns), _meta(n, columns, dtype=dtype)
+    query = softmax.Query(_meta(n, 1, dtype=torch.int64), _meta(n))
+    grads = softmax.RowGrads(_meta(5, n), _meta(n, 1), _meta(n, dtype=torch.bool))
+    live = _meta(n, dtype=torch.int64) if index else None
+    run = partial(
+        policy.row_gradient, dx, x, live, query, grads,
+        first_column=columns, entropy=entropy, logit_scale=1.0, softcap=softcap,
+    )  # fmt: skip
+    name = f"policy_head tile {n}x{columns} {str(dtype).removeprefix('torch.')}"
+    return Launch(f"{name}{' entropy' if entropy else ''}", run, x.nbytes + dx.nbytes)
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAUNCHES = [
     pooled(BF16, 64, 2048, 4096, packed=False),
@@ -331,6 +348,9 @@ LAUNCHES = [
     judged(2**20, PolicyLossConfig(beta=0.1, entropy_coef=0.1), everything=True),
     judged(2**20, PolicyLossConfig(loss_type="cispo", epsilon_high=5.0), everything=True),
     judged(2**20, PolicyLossConfig(loss_type="sapo", beta=0.1), everything=True),
+    derived(BF16, 3520, 16_384, index=True, entropy=False, softcap=None),
+    derived(BF16, 3520, 16_384, index=False, entropy=True, softcap=30.0),
+    derived(FP32, 3520, 16_384, index=True, entropy=True, softcap=None),
 ]
 
 # 1024 threads, half of what a multiprocessor holds, hide the latency of streaming kernels; 32 KiB
@@ -346,6 +366,7 @@ DESIGN = {
     "_cross_fwd f32": Design(("row_ptr", "col_ptr"), blocks=1),
     "_finish_fwd": Design((), blocks=8),
     "_policy_tokens": Design((), blocks=4),  # its mask is data, so it loads one by one: 37 B/token
+    "_policy_grad": Design(("x_ptr", "dx_ptr"), blocks=4, in_flight=32),
     "_row_softmax_fwd": Design(("x_ptr",), blocks=4, in_flight=32),
     "_row_softmax_bwd": Design(("x_ptr", "dx_ptr"), blocks=4, in_flight=32),
 }

@@ -8,6 +8,7 @@ from tercet.kernels._policy_config import PolicyLossConfig
 from tercet.kernels.contrastive_reward import contrastive_reward
 from tercet.kernels.linear_logp import linear_logp
 from tercet.kernels.masked_mean import masked_mean, segment_mean
+from tercet.kernels.policy_head import policy_head
 from tercet.kernels.policy_loss import policy_loss
 from tercet.kernels.reference import ContrastiveReward, PolicyLoss, PolicyMetrics, TokenLogp
 from tercet.kernels.token_logp import token_logp
@@ -21,6 +22,7 @@ __all__ = [
     "contrastive_reward",
     "linear_logp",
     "masked_mean",
+    "policy_head",
     "policy_loss",
     "segment_mean",
     "token_logp",

@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tercet.kernels import _policy_terms as pt
+from tercet.kernels import _row_softmax as rs
+from tercet.kernels._row_softmax_triton import NUM_WARPS, block_size
 from tercet.kernels.reference import MAX_LOG_RATIO
 
 BLOCK_N = 1024
@@ -154,3 +156,64 @@ def slopes(logp: Tensor, entropy: Tensor | None, tokens: pt.Tokens, kind: pt.Kin
             )  # fmt: skip
     sums, maxima = partial[:, : pt.NUM_SUMS].sum(0), partial[:, pt.NUM_SUMS :].amax(0)
     return pt.Slopes(slope, d_entropy, torch.cat([sums, maxima]))
+
+
+@triton.jit
+def _policy_grad(
+    x_ptr, dx_ptr, index_ptr, target_ptr, dtarget_ptr, max_ptr, scale_ptr, log_sum_ptr, a_ptr,
+    b_ptr, V, first_column, logit_scale, softcap,
+    ENTROPY: tl.constexpr, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Row index[i] of x gives row i of dx; both are contiguous tiles of V columns."""
+    row = tl.program_id(0).to(tl.int64)  # int64 before any stride: N*V can exceed 2^31
+    source = row
+    if index_ptr is not None:
+        source = tl.load(index_ptr + row)
+    x_ptr += source * V
+    dx_ptr += row * V
+    scale = tl.load(scale_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    a = tl.load(a_ptr + row)
+    b = tl.load(b_ptr + row)
+    dtarget = tl.load(dtarget_ptr + row)
+    column = tl.load(target_ptr + row) - first_column
+    dead = (a == 0) & (b == 0)
+    read = tl.where(dead, 0, V)  # nothing flows back: x is not read, so its NaN cannot leak
+    m = tl.where(dead, 0.0, tl.load(max_ptr + row))
+    for start in range(0, V, BLOCK_V):
+        offs = start + tl.arange(0, BLOCK_V)
+        x = tl.load(x_ptr + offs, mask=offs < read, other=float("-inf")).to(tl.float32)  # [BLOCK_V]
+        log_p = (x - m) * scale - log_sum
+        p = tl.exp(log_p)
+        factor = a
+        if ENTROPY:
+            factor += b * tl.where(p > 0, log_p, 0.0)
+        dx = tl.where(offs < read, -p * factor, 0.0)
+        dx = tl.where(offs == column, dtarget, dx)
+        if CAPPED:
+            share = tl.where(offs < read, x, 0.0) / softcap
+            dx *= logit_scale * (1.0 - share * share)
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=offs < V)
+
+
+def row_gradient(
+    dx: Tensor,
+    x: Tensor,
+    index: Tensor | None,
+    query: rs.Query,
+    grads: rs.RowGrads,
+    *,
+    first_column: int,
+    entropy: bool,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Writes the gradient of rows `index` of x (None: all) to the rows of dx; one target each."""
+    vocab = x.shape[1]
+    with torch.cuda.device_of(x):
+        _policy_grad[(len(dx),)](
+            x, dx, index, query.targets, grads.target, *grads.coef.contiguous().unbind(),
+            vocab, first_column, logit_scale, 0.0 if softcap is None else softcap,
+            ENTROPY=entropy, CAPPED=softcap is not None,
+            BLOCK_V=block_size(vocab), num_warps=NUM_WARPS,
+        )  # fmt: skip

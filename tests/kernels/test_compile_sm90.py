@@ -179,12 +179,31 @@ def _token_kernel(form: int, **absent: None) -> Kernel:
     )
 
 
+def _policy_grad_kernel(dtype: str, *, entropy: bool, capped: bool, index: bool) -> Kernel:
+    names = ("dtarget", "max", "scale", "log_sum", "a", "b")
+    types = {"x_ptr": "*fp32", "dx_ptr": dtype} | {f"{name}_ptr": "*fp32" for name in names}
+    types |= {"target_ptr": "*i64", "logit_scale": "fp32", "softcap": "fp32"}
+    flags = {"ENTROPY": entropy, "CAPPED": capped, "BLOCK_V": 4096}
+    return Kernel(
+        POLICY,
+        "_policy_grad",
+        types | ({"index_ptr": "*i64"} if index else {}),
+        flags | ({} if index else {"index_ptr": None}),
+        num_warps=8,
+        wide=True,
+        aligned=("V",),
+    )
+
+
 NOT_GIVEN = dict.fromkeys(
     f"{name}_ptr" for name in ("entropy", "old", "ref", "sampler", "dentropy")
 )
 POLICY_KERNELS = [
     *(_token_kernel(form) for form in range(4)),
     _token_kernel(0, **NOT_GIVEN),
+    _policy_grad_kernel("*bf16", entropy=False, capped=False, index=True),
+    _policy_grad_kernel("*bf16", entropy=True, capped=True, index=False),
+    _policy_grad_kernel("*fp32", entropy=True, capped=False, index=True),
 ]
 KERNELS: list[Kernel] = [
     *MEAN_KERNELS,

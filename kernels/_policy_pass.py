@@ -1,0 +1,292 @@
+"""The chunks, sweeps and products of policy_head: loss, metrics and gradients in one pass."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tercet.kernels import _linear_tiles as lt
+from tercet.kernels import _policy_terms as pt
+from tercet.kernels import _policy_triton as fused
+from tercet.kernels import _row_softmax as rs
+from tercet.kernels import _row_softmax_triton as row_kernels
+from tercet.kernels._memory import empty_huge
+
+
+class Needs(NamedTuple):
+    """Which inputs need a gradient; what needs none costs no product."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Options(NamedTuple):
+    kind: pt.Kind
+    logit_scale: float
+    softcap: float | None
+    needs: Needs
+    memory_budget_mb: int
+    triton: bool
+
+
+class Plan(NamedTuple):
+    """Rows whose logits are kept at a time, columns of their tiles; the same for other rows."""
+
+    height: int
+    width: int
+    forward_height: int
+    forward_width: int
+
+    @staticmethod
+    def of(live: int, other: int, weight: Tensor, itemsize: int, buffers: int, mb: int) -> "Plan":
+        """Equal chunks that fit, with `buffers` tiles, into mb MiB."""
+        vocab, hidden = weight.shape
+        most_bytes, most_rows = lt.CPU_TILE_BYTES, lt.CPU_HEIGHT
+        if weight.is_cuda:
+            most_bytes, most_rows = lt.CUDA_TILE_BYTES, lt.CUDA_HEIGHT
+        tile_bytes = min(most_bytes, mb * lt.MEBI // (4 * buffers))
+        area = tile_bytes // itemsize
+        fit = (mb * lt.MEBI - buffers * tile_bytes) // (vocab * itemsize)
+        height = _even(live, max(1, fit))
+        forward_height = _even(other, min(most_rows, area))
+        return Plan(
+            height,
+            _columns(vocab, area // max(height, hidden)),  # [width, hidden] is a tile, too
+            forward_height,
+            _columns(vocab, area // forward_height),
+        )
+
+    def area(self) -> int:
+        return max(self.height * self.width, self.forward_height * self.forward_width)
+
+
+def _columns(vocab: int, most: int) -> int:
+    width = max(1, min(vocab, most))
+    return width - width % 64 if 64 < width < vocab else width
+
+
+def _even(rows: int, most: int) -> int:
+    """Size of the fewest parts of at most `most` rows, all but the last equal."""
+    parts = max(1, -(-rows // most))
+    return max(1, -(-rows // parts))
+
+
+def saved_dtype(x: Tensor) -> torch.dtype:
+    """Of a gradient until the upstream scalar is known: float16 has not the range."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+class _Order(NamedTuple):
+    """Rows worth a gradient first, then other rows that count; the rest is left out."""
+
+    index: Tensor | None  # None: all rows, in their order
+    live: int
+    counted: int
+
+    @staticmethod
+    def of(tokens: pt.Tokens, options: Options) -> "_Order":
+        """Waits for a CUDA device once; under capture of a graph all rows count as live."""
+        rows, wanted = len(tokens.counted), any(options.needs)
+        if lt.capturing(tokens.counted):
+            return _Order(None, rows if wanted else 0, rows)
+        live = tokens.maybe_live(options.kind) if wanted else torch.zeros_like(tokens.counted)
+        num_live, counted = torch.stack([live.sum(), tokens.counted.sum()]).tolist()
+        if rows in (num_live, counted - num_live):  # all alike
+            return _Order(None, num_live, counted)
+        last = (~live).to(torch.uint8) + (~tokens.counted).to(torch.uint8)
+        return _Order(last.argsort(stable=True)[:counted], num_live, counted)
+
+    def chunks(self, plan: Plan) -> list[tuple[slice | Tensor, bool]]:
+        """Rows of each chunk, and whether it is to have gradients."""
+        parts = [(part, True) for part in lt.cuts(0, self.live, plan.height)]
+        others = lt.cuts(self.live, self.counted, plan.forward_height)
+        parts += [(part, False) for part in others]
+        if self.index is None:
+            return [*parts]
+        return [(self.index[part], gradient) for part, gradient in parts]
+
+
+def policy_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    tokens: pt.Tokens,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, sums of the metrics, gradients of hidden, weight and bias, and their unit."""
+    shape = torch.Size((*hidden.shape[:-1], len(weight)))
+    query = rs.flatten_query("policy_head", shape, targets, temperature, hidden)
+    if options.softcap is None:
+        query = query._replace(scale=query.scale * options.logit_scale)
+    unit = _unit(tokens.weights, hidden, weight)
+    tokens = tokens._replace(weights=tokens.weights / unit)
+    head = lt.Head.of(hidden, weight, bias)
+    if lt.capturing(hidden):  # rows that do not count stay, and must not spread their NaN
+        head = head._replace(hidden=head.hidden.masked_fill(~tokens.counted[:, None], 0.0))
+    order = _Order.of(tokens, options)
+    work = _Pass(head, query, tokens, options, order, hidden)
+    for rows, gradient in order.chunks(work.plan):
+        work.chunk(rows, gradient)
+    loss = work.stats[0] * unit
+    work.stats[0] = loss
+    return loss, work.stats, *work.gradients(hidden.shape, bias), unit
+
+
+def _unit(weights: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """What gradients are measured in: 1 / (tokens of a step) would underflow in float16."""
+    if torch.float16 not in (hidden.dtype, weight.dtype) or len(weights) == 0:
+        return weights.new_ones(())
+    most = weights.abs().amax()
+    return torch.where(most > 0, most, 1.0)
+
+
+class _Pass:
+    """One call: workspace, what is summed over chunks, and the gradients."""
+
+    def __init__(
+        self,
+        head: lt.Head,
+        query: rs.Query,
+        tokens: pt.Tokens,
+        options: Options,
+        order: _Order,
+        hidden: Tensor,
+    ) -> None:
+        self.head, self.query, self.tokens, self.options = head, query, tokens, options
+        weight, wide, needs = head.weight, head.accumulator, options.needs
+        self.bonus = options.kind.entropy_coef > 0
+        buffers = 2 if options.softcap is None else 3
+        others, budget = order.counted - order.live, options.memory_budget_mb
+        self.plan = Plan.of(order.live, others, weight, wide.itemsize, buffers, budget)
+        self.buffers = [query.scale.new_empty(self.plan.area()) for _ in range(buffers)]
+        kept = self.plan.height * len(weight) if order.live else 0
+        self.kept = empty_huge([kept], dtype=wide, device=weight.device)
+        self.stats = query.scale.new_zeros(pt.NUM_STATS)
+        flat = (len(head.hidden), head.hidden.shape[1]) if needs.hidden else (0,)
+        self.d_hidden = torch.zeros(flat, dtype=saved_dtype(hidden), device=weight.device)
+        self.d_weight = empty_huge(
+            weight.shape if needs.weight else [0], dtype=wide, device=weight.device
+        )
+        self.started = False  # d_weight holds a sum
+        self.d_bias = self.stats.new_zeros(len(weight) if needs.bias else 0)
+
+    def gradients(self, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        weight = self.head.weight
+        if not self.started:
+            self.d_weight.zero_()
+        d_hidden = self.d_hidden.view(shape) if self.options.needs.hidden else self.d_hidden
+        d_bias = self.d_bias.to(saved_dtype(weight if bias is None else bias))
+        return d_hidden, self.d_weight.to(saved_dtype(weight)), d_bias
+
+    def chunk(self, rows: slice | Tensor, gradient: bool) -> None:
+        hidden, query = self.head.hidden[rows], self.query.rows(rows)
+        tokens, kind = self.tokens.rows(rows), self.options.kind
+        result = self.forward(hidden, query, keep=gradient)
+        logp = result.logp.squeeze(1)
+        slopes = (fused.slopes if self.options.triton else pt.slopes)(
+            logp, result.entropy, tokens, kind
+        )
+        pt.merge(self.stats, slopes.stats)
+        if gradient:
+            grads = rs.row_grads(result, query, slopes.logp[:, None], slopes.entropy)
+            self.backward(rows, hidden, query, grads)
+
+    def buffer(self, number: int, height: int, columns: slice) -> Tensor:
+        width = lt.size(columns)
+        return self.buffers[number][: height * width].view(height, width)
+
+    def kept_tile(self, height: int, columns: slice) -> Tensor:
+        """Tiles of the chunk's logits lie one behind the other, each [height, columns]."""
+        part = self.kept[height * columns.start : height * columns.stop]
+        return part.view(height, lt.size(columns))
+
+    def forward(self, hidden: Tensor, query: rs.Query, *, keep: bool) -> rs.RowResult:
+        state, height = rs.empty_state(query), len(hidden)
+        head = self.head._replace(hidden=hidden)
+        width = self.plan.width if keep else self.plan.forward_width
+        for columns in lt.cuts(0, len(head.weight), width):
+            work = self.buffer(0, height, columns)
+            x = self.kept_tile(height, columns) if keep else work
+            head.logits(slice(None), head.chunk(columns), out=x)
+            if self.options.softcap is not None:
+                cap = self.options.softcap
+                x.mul_(self.options.logit_scale / cap).tanh_().mul_(cap)
+            if self.options.triton:
+                at = row_kernels.rows_of("policy_head", "tile", x)
+                row_kernels.forward(x, at, *query, state, first_column=columns.start, entropy=True)
+            else:
+                scratch = self.buffer(1, height, columns)
+                rs.add_tile(state, x, query, first_column=columns.start, work=work, scratch=scratch)
+        if not self.options.triton:
+            rs.close(state, query)
+        return rs.finish(state, query)
+
+    def backward(
+        self, rows: slice | Tensor, hidden: Tensor, query: rs.Query, grads: rs.RowGrads
+    ) -> None:
+        """Drops the rows without gradient, and adds the products of the others."""
+        needs, head, height = self.options.needs, self.head, len(hidden)
+        live = None if lt.capturing(hidden) else grads.live.nonzero().squeeze(1)
+        if live is not None and len(live) == height:
+            live = None
+        if live is not None:
+            if len(live) == 0:
+                return
+            hidden, query, grads = hidden[live], query.rows(live), grads.rows(live)
+        direct = isinstance(rows, slice) and live is None
+        direct &= self.d_hidden.dtype == head.accumulator
+        shape = hidden.shape if needs.hidden else (0,)
+        d_hidden = self.d_hidden[rows] if direct else self.stats.new_empty(shape)
+        for columns in lt.cuts(0, len(head.weight), self.plan.width):
+            weight = head.chunk(columns)[0]
+            tile = self.tile(height, columns, live, query, grads)
+            if needs.hidden:
+                lt.product(tile, weight, out=d_hidden, add=columns.start > 0)
+            if needs.weight:
+                lt.product(tile.t(), hidden, out=self.d_weight[columns], add=self.started)
+            if needs.bias:
+                self.d_bias[columns] += tile.sum(0, dtype=head.accumulator)
+        self.started |= needs.weight
+        if needs.hidden and not direct:
+            at = rows if live is None else _pick(rows, live)
+            self.d_hidden[at] = d_hidden.to(self.d_hidden.dtype)
+
+    def tile(
+        self,
+        height: int,
+        columns: slice,
+        live: Tensor | None,
+        query: rs.Query,
+        grads: rs.RowGrads,
+    ) -> Tensor:
+        """Gradient of the live rows' logits, in the dtype of the products."""
+        first, cap = columns.start, self.options.softcap
+        x = self.kept_tile(height, columns)
+        out = self.buffer(0, len(query.scale), columns)
+        if self.options.triton:
+            if out.dtype != self.head.hidden.dtype:
+                out = torch.empty_like(out, dtype=self.head.hidden.dtype)
+            fused.row_gradient(
+                out, x, live, query, grads, first_column=first, entropy=self.bonus,
+                logit_scale=self.options.logit_scale, softcap=cap,
+            )  # fmt: skip
+            return out
+        if live is not None:
+            x = torch.index_select(x, 0, live, out=out)
+        factor = None
+        if cap is not None:
+            scale = self.options.logit_scale
+            factor = torch.mul(x, x, out=self.buffer(2, len(out), columns))
+            factor.mul_(-scale / cap**2).add_(scale)
+        scratch = self.buffer(1, len(out), columns) if self.bonus else None
+        rs.grad_tile(out, x, query, grads, first_column=first, scratch=scratch)
+        if factor is not None:
+            out.mul_(factor)
+        return out.to(self.head.hidden.dtype)
+
+
+def _pick(rows: slice | Tensor, live: Tensor) -> Tensor:
+    return live + rows.start if isinstance(rows, slice) else rows[live]
