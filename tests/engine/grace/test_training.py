@@ -1,0 +1,291 @@
+"""train(config): from a file of texts to a checkpoint, resumed, refused, and told about."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tercet.engine.config import read_yaml, to_yaml
+from tercet.engine.files import read_jsonl
+from tercet.engine.grace import GraceConfig, GraceEncoder, train
+from tercet.engine.grace.config import GraceData
+from tercet.engine.grace.training import main
+from tercet.engine.model import Policy
+from tercet.engine.train_config import TrainConfig
+
+ROWS = [
+    {
+        "query": f"is the {a} in the {b}",
+        "positive": f"a {a} and the {b}",
+        "negative": f"the {b} and the sea",
+    }
+    for a in ("boat", "rose", "river", "bread")
+    for b in ("kitchen", "garden", "sun")
+]
+
+
+@pytest.fixture
+def model_folder(make_tiny_model, tiny_tokenizer, tmp_path):
+    Policy(make_tiny_model("qwen3"), tiny_tokenizer).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def make_config(model_folder, tmp_path):
+    """make_config(rows=ROWS, data={}, train={}, **GraceConfig fields) -> GraceConfig."""
+
+    def make(rows=ROWS, data=None, train=None, **settings):
+        path = tmp_path / "data.jsonl"
+        path.write_text(rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows)))
+        return GraceConfig(
+            model=str(model_folder),
+            data=GraceData(path=str(path), max_prompt_length=200, **(data or {})),
+            train=TrainConfig(learning_rate=1e-2, **{"max_steps": 2, **(train or {})}),
+            **{
+                "output_dir": str(tmp_path / "run"),
+                "num_generations": 3,
+                "generation_batch_size": 6,
+                "max_completion_length": 8,
+                "device": "cpu",
+                **settings,
+            },
+        )
+
+    return make
+
+
+MODES = {
+    "supervised": {"mode": "supervised"},
+    "unsupervised": {"mode": "unsupervised", "columns": {"text": "positive"}},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_moves_the_weights_and_leaves_a_folder(make_config, model_folder, mode):
+    config = make_config(data={"test_fraction": 0.25, **MODES[mode]}, train={"eval_steps": 2})
+    run = train(config)
+    names = {path.name for path in run.folder.iterdir()}
+    assert {"config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "latest"} <= names
+    steps = {row["step"]: row for row in read_jsonl(run.folder / "metrics.jsonl")}
+    assert list(steps) == [0, 1, 2]
+    assert {"eval/recall@1", "eval/anisotropy", "eval/distinct_share"} <= set(steps[0]) & set(
+        steps[2]
+    )
+    assert steps[2]["prompts/truncated"] == 0
+    assert run.metrics["reward/mean"] == steps[2]["reward/mean"]
+    samples = read_jsonl(run.folder / "samples.jsonl")
+    assert ("query" in samples[0]) == (mode == "supervised")
+
+    before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run.checkpoint).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert AutoTokenizer.from_pretrained(run.checkpoint).chat_template
+
+
+def test_a_run_is_read_back_with_its_pooling(make_config):
+    run = train(make_config(pooling="penultimate_mean", train={"max_steps": 1}))
+    assert run.metrics["grad_norm"] > 0
+    encoder = GraceEncoder.from_pretrained(run.checkpoint, device="cpu")
+    assert encoder.pooling == "penultimate_mean"
+    with pytest.raises(ValueError, match=r"GraceConfig: pooling must be one of \('mean', .*'cls'"):
+        make_config(pooling="cls")
+
+
+def test_a_killed_run_goes_on_exactly(make_config, tmp_path):
+    config = make_config(train={"max_steps": 4, "save_steps": 2})
+    whole = train(config)
+    shutil.copytree(whole.folder, tmp_path / "whole")
+    shutil.rmtree(whole.folder / "checkpoint-4")  # killed in step 4, after its row was logged
+    (whole.folder / "latest").write_text("checkpoint-2\n")
+
+    again = train(config)  # the same command
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        ours, theirs = (read_jsonl(f / name) for f in (again.folder, tmp_path / "whole"))
+        assert [untimed(row) for row in ours] == [untimed(row) for row in theirs]
+    ours, theirs = (
+        load_file(folder / "checkpoint-4" / "model.safetensors")
+        for folder in (again.folder, tmp_path / "whole")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(make_config):
+    config = make_config(train={"max_steps": 1, "eval_steps": 1}, data={"test_fraction": 0.25})
+    run = train(config)
+    shutil.rmtree(run.checkpoint)
+    (run.folder / "latest").unlink()
+    again = train(config)
+    assert [row["step"] for row in read_jsonl(again.folder / "metrics.jsonl")] == [0, 1]
+    assert events(again).count("9 training rows, 3 held out") == 1
+
+
+def untimed(row):
+    return {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_s", "memory"))}
+
+
+def test_output_folder_exists(make_config, tmp_path):
+    config = make_config(train={"max_steps": 1})
+    train(config)
+    message = r"^train: output_dir must be new or hold this run unfinished, got {} in .*run; choose"
+    with pytest.raises(FileExistsError, match=message.format("a finished run")):
+        train(config)
+    longer = make_config(train={"max_steps": 2})
+    with pytest.raises(FileExistsError, match=message.format("a run with other settings")):
+        train(longer)
+    assert train(longer, resume=True).checkpoint.name == "checkpoint-2"
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(FileExistsError, match=message.format("a run")):
+        train(longer, resume=False)
+
+
+BAD_DATA = {
+    "empty": ("", r"^read_rows: .* got an empty file .*data\.jsonl"),
+    "not JSON": ('{"query": "a", "positive": "b"}\n{"query": \n', r"got not JSON .*data\.jsonl:2"),
+    "no column": ('{"query": "a", "answer": "b"}\n', r"'positive' .* must be there.*data\.jsonl:1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_writes_nothing(make_config, tmp_path, name):
+    text, message = BAD_DATA[name]
+    with pytest.raises(ValueError, match=message):
+        train(make_config(rows=text))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_chat_template_writes_nothing(make_config, model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = None
+    (model_folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(model_folder)
+    with pytest.raises(ValueError, match=r"^build_prompt: the tokenizer must have a chat template"):
+        train(make_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_above_the_positions_write_nothing(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r"at most 512 \(the model's positions\), got 600"):
+        train(make_config(max_completion_length=400))
+    assert not (tmp_path / "run").exists()
+
+
+def test_hidden_states_that_overflow_write_nothing(make_config, model_folder, tmp_path):
+    policy = Policy.from_pretrained(model_folder)
+    with torch.no_grad():
+        policy.model.get_parameter("model.norm.weight").fill_(3e38)
+    policy.save(model_folder)
+    with pytest.raises(RuntimeError, match=r"^train: Policy: hidden states of .* must be finite"):
+        train(make_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_write_nothing(make_config, model_folder, tmp_path):
+    policy = Policy.from_pretrained(model_folder)
+    with torch.no_grad():
+        policy.head().weight[7, 3] = float("nan")
+    policy.save(model_folder)
+    with pytest.raises(RuntimeError, match=r"must be finite, got .* 1 of .*, first lm_head\.wei"):
+        train(make_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_into_its_past(make_config):
+    config = make_config(train={"max_steps": 2})
+    run = train(config)
+    settings = (run.folder / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"^train: .* at least 2 to resume .*checkpoint-2, got 1;"):
+        train(make_config(train={"max_steps": 1}), resume=True)
+    assert (run.folder / "config.yaml").read_text() == settings
+    assert train(config, resume=True).checkpoint == run.checkpoint
+    assert run.checkpoint.exists()
+
+
+def events(run):
+    return " | ".join(row["message"] for row in read_jsonl(run.folder / "events.jsonl"))
+
+
+def test_a_run_goes_on_when_every_rollout_is_cut_off(make_config):
+    run = train(make_config(max_completion_length=1))
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    assert [row["completions/clipped_ratio"] for row in rows] == [1.0, 1.0]
+    assert all(row["reward/spread"] == 0 for row in rows)  # the relative rule: no signal
+    assert "no rollout of the batch ended" in events(run)
+
+
+def test_long_texts_are_counted(make_config):
+    rows = [{"query": "the sea", "positive": f"river {i} " * 100} for i in range(8)]
+    run = train(make_config(rows=rows))
+    # Each step has two documents above the limit; its two queries fit.
+    assert [r["prompts/truncated"] for r in read_jsonl(run.folder / "metrics.jsonl")] == [2.0, 2.0]
+    config = make_config(
+        rows=[*rows, *ROWS], data={"overlong": "drop"}, output_dir=f"{run.folder}2"
+    )
+    run = train(config)
+    assert [r["prompts/truncated"] for r in read_jsonl(run.folder / "metrics.jsonl")] == [0.0, 0.0]
+    assert "8 of 20 training rows dropped: document above the limit" in events(run)
+
+
+def test_one_text_per_step_trains_without_other_groups(make_config):
+    run = train(
+        make_config(
+            data={**MODES["unsupervised"], "test_fraction": 0.0},
+            train={"eval_steps": 1},
+            generation_batch_size=3,
+        )
+    )
+    assert run.metrics["reward/hard"] == 0
+    assert "one group per step: there are no other groups" in events(run)
+    assert "no evaluation: fewer than two held-out rows" in events(run)
+
+
+def test_a_batch_larger_than_the_data_is_told(make_config):
+    rows = [{k: row[k] for k in ("query", "positive")} for row in ROWS[:2]]
+    run = train(make_config(rows=rows, generation_batch_size=9))
+    assert run.metrics["groups/sharing_a_text"] == 1
+    assert "a step takes 3 rows and the data has 2: rows repeat" in events(run)
+    assert "the negative term is off: 2 of 2 training rows have no negative" in events(run)
+
+
+def test_remax_trains_groups_of_one(make_config):
+    config = make_config(
+        train={"advantage_estimator": "remax"}, num_generations=1, generation_batch_size=6
+    )
+    first, _ = read_jsonl(train(config).folder / "metrics.jsonl")
+    assert first["reward/consistency"] == 0
+    assert first["grad_norm"] > 0
+
+
+def test_the_command_line(make_config, tmp_path, capsys):
+    config = make_config(train={"max_steps": 1})
+    (tmp_path / "c.yaml").write_text(
+        f"model: {config.model}\ndata:\n  path: {config.data.path}\n  max_prompt_length: 200\n"
+        "num_generations: 2\ngeneration_batch_size: 4\nmax_completion_length: 4\n"
+    )
+    argv = ["--config", str(tmp_path / "c.yaml"), "--output-dir", str(tmp_path / "cli")]
+    assert main([*argv, "--train.max-steps", "1", "--device", "cpu"], "tercet grace train") == 0
+    assert f"wrote {tmp_path / 'cli' / 'checkpoint-1'}" in capsys.readouterr().out.replace("\n", "")
+    assert main([*argv, "--train.max-steps", "2", "--resume", "--device", "cpu"], "t") == 0
+
+
+@pytest.mark.parametrize("name", ["tiny", "paper"])
+def test_shipped_settings_are_valid(name, tmp_path):
+    path = Path(__file__).parents[3] / "configs" / f"grace_{name}.yaml"
+    config = read_yaml(path, GraceConfig)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert read_yaml(tmp_path / "again.yaml", GraceConfig) == config
+    if name == "paper":
+        assert config.groups_per_step == 64
+        assert (config.reward.form, config.reward.temperature) == ("paper", 0.1)
+
+
+def test_the_package_names_what_it_has():
+    package = importlib.import_module("tercet.engine.grace")
+    assert package.train is train is importlib.import_module("tercet.engine.grace.training").train
+    assert dir(package) == package.__all__
+    with pytest.raises(AttributeError, match=r"^module 'tercet\.engine\.grace' has no .* 'tarin'"):
+        package.tarin  # noqa: B018
