@@ -12,6 +12,8 @@ from tercet.kernels import _row_softmax as rs
 from tercet.kernels import _row_softmax_triton as row_kernels
 from tercet.kernels._memory import empty_huge
 
+MIN_DEAD = 1 / 32  # of a chunk: moving the other rows costs about what the dead ones would
+
 
 class Needs(NamedTuple):
     """Which inputs need a gradient; what needs none costs no product."""
@@ -224,14 +226,22 @@ class _Pass:
             rs.close(state, query)
         return rs.finish(state, query)
 
+    def live(self, grads: rs.RowGrads) -> Tensor | None:
+        """Rows to keep for the products, None for all; a CUDA device is waited for."""
+        rows = len(grads.live)
+        if lt.capturing(grads.live):
+            return None
+        live = grads.live.nonzero().squeeze(1)
+        dead = rows - len(live)
+        few = not self.options.triton and dead < MIN_DEAD * rows
+        return None if dead == 0 or few else live
+
     def backward(
         self, rows: slice | Tensor, hidden: Tensor, query: rs.Query, grads: rs.RowGrads
     ) -> None:
         """Drops the rows without gradient, and adds the products of the others."""
         needs, head, height = self.options.needs, self.head, len(hidden)
-        live = None if lt.capturing(hidden) else grads.live.nonzero().squeeze(1)
-        if live is not None and len(live) == height:
-            live = None
+        live = self.live(grads)
         if live is not None:
             if len(live) == 0:
                 return

@@ -85,12 +85,15 @@ def _setup_context(ctx, inputs, output):
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for outputs as large as the weight
 
 
 def _backward(ctx, upstream, *_):
+    out = [None] * 19
+    if upstream is None:
+        return tuple(out)
     *grads, unit = ctx.saved_tensors
     scale = upstream * unit
-    out = [None] * 19
     for i, (grad, dtype) in enumerate(zip(grads, ctx.dtypes, strict=True)):
         if ctx.needs_input_grad[i]:
             out[i] = pt.scaled(grad, scale, dtype)

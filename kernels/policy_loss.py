@@ -65,11 +65,14 @@ def _setup_context(ctx, inputs, output):
     ctx.bonus = output[3].shape == logp.shape
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, upstream, *_):
-    d_logp, d_entropy = ctx.saved_tensors
     grads = [None] * 12
+    if upstream is None:
+        return tuple(grads)
+    d_logp, d_entropy = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
         grads[0] = pt.scaled(d_logp, upstream, ctx.dtypes[0])
     if ctx.needs_input_grad[1] and ctx.bonus:
