@@ -111,14 +111,7 @@ def _sequence_ids(
     if cu_seqlens is not None and sequence_ids is not None:
         raise ValueError(f"{op}: give cu_seqlens or sequence_ids, got both")
     if cu_seqlens is not None:
-        check_tensor(op, "cu_seqlens", cu_seqlens, "index")
-        check_same_device(op, like=counted, cu_seqlens=cu_seqlens)
-        if cu_seqlens.ndim != 1 or len(shape) != 1:
-            raise ValueError(
-                f"{op}: cu_seqlens must be [sequences + 1] over packed tokens [n], "
-                f"got {tuple(cu_seqlens.shape)} over {tuple(shape)}"
-            )
-        _check_boundaries(op, cu_seqlens, n)
+        check_boundaries(op, cu_seqlens, counted)
         places = torch.arange(n, device=counted.device, dtype=cu_seqlens.dtype)
         ids = torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
         return ids, cu_seqlens.shape[0] - 1
@@ -150,10 +143,18 @@ def _values_are_at_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_boundaries(op: str, cu_seqlens: Tensor, n: int) -> None:
+def check_boundaries(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
+    """Raises TypeError or ValueError unless cu_seqlens cut packed tokens [n] into sequences."""
+    check_tensor(op, "cu_seqlens", cu_seqlens, "index")
+    check_same_device(op, tokens=tokens, cu_seqlens=cu_seqlens)
+    if cu_seqlens.ndim != 1 or tokens.ndim != 1:
+        raise ValueError(
+            f"{op}: cu_seqlens must be [sequences + 1] over packed tokens [n], "
+            f"got {tuple(cu_seqlens.shape)} over {tuple(tokens.shape)}"
+        )
     if not _values_are_at_hand(cu_seqlens):
         return
-    bounds = cu_seqlens.tolist()
+    bounds, n = cu_seqlens.tolist(), len(tokens)
     if not bounds or bounds[0] != 0 or bounds[-1] != n or sorted(bounds) != bounds:
         raise ValueError(
             f"{op}: cu_seqlens must rise from 0 to n = {n}, got {str(bounds[:4])[:-1]}"
