@@ -9,6 +9,7 @@ Source: arXiv:2510.04506, eq. 12-18; the plain definition is `contrastive_reward
 # pyright: reportArgumentType=false
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.kernels._checks import (
@@ -31,23 +32,13 @@ from tercet.kernels.reference import (
 MAX_TILE = 1 << 22  # similarities in memory at once on the PyTorch path
 
 
-def _inverse_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    """1 / max(|x|, eps) and the squared norm of the vector scaled by it: 1, or 0 for zeros."""
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    inverse = norm.clamp(min=NORM_EPS).reciprocal()
-    return inverse, (norm * inverse).square()
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * _inverse_norm(x)[0][..., None]
-
-
-def _within_groups(d: Tensor, inv_d: Tensor, own: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Positive [B, G] and consistency [B, G], from unit queries and rollouts of any length."""
-    total = torch.bmm(inv_d[:, None], d)  # [B, 1, hidden], sum of the unit rollouts
-    against = torch.cat((q[:, None], total), dim=1)
-    dots = torch.bmm(d, against.mT) * inv_d[..., None]  # [B, G, 2]
-    return dots[..., 0].contiguous(), (dots[..., 1] - own) / max(d.shape[1] - 1, 1)
+def _within_groups(d: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse norms and consistency, both [B, G]; the products of a group hold its norms, too."""
+    gram = torch.bmm(d, d.mT)  # [B, G, G]
+    inv_d = gram.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=NORM_EPS).reciprocal_()
+    cosines = gram.mul_(inv_d[..., None]).mul_(inv_d[:, None])
+    own = cosines.diagonal(dim1=1, dim2=2)
+    return inv_d, (cosines.sum(-1) - own) / max(d.shape[1] - 1, 1)
 
 
 def _cross_torch(
@@ -59,7 +50,7 @@ def _cross_torch(
     of all their cosines / temperature.
     """
     num_groups, num_rollouts, _ = d.shape
-    rows = (d * inv_d[..., None]).flatten(0, 1) if document else q
+    rows = d.flatten(0, 1) if document else q
     out = rows.new_full((len(rows),), 0.0 if temperature is None else -torch.inf)
     out = out.view(num_groups, num_rollouts if document else 1)
     num_other = torch.zeros_like(ids)
@@ -69,7 +60,8 @@ def _cross_torch(
         same = ids[:, None] == ids[chunk]
         num_other += (~same).sum(1)
         if document:
-            tile = (rows @ q[chunk].T).view(num_groups, num_rollouts, -1, 1)
+            tile = (rows @ q[chunk].T).mul_(inv_d.view(-1, 1))
+            tile = tile.view(num_groups, num_rollouts, -1, 1)
         else:
             tile = (rows @ d[chunk].flatten(0, 1).T).mul_(inv_d[chunk].flatten())
             tile = tile.view(num_groups, 1, -1, num_rollouts)
@@ -93,14 +85,14 @@ def _torch_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four unweighted parts, each [B, G]."""
     dtype, document = accumulator_dtype(rollouts), repulsion == "document"
-    d, q = rollouts.to(dtype), _unit(queries.to(dtype))
+    d, q = rollouts.to(dtype), F.normalize(queries.to(dtype), dim=-1, eps=NORM_EPS)
     num_groups, num_rollouts, _ = d.shape
-    n = d[:, :0] if negatives is None else _unit(negatives.to(dtype))
+    n = d[:, :0] if negatives is None else F.normalize(negatives.to(dtype), dim=-1, eps=NORM_EPS)
     ids = torch.arange(num_groups, device=d.device) if group_ids is None else group_ids
 
-    inv_d, own = _inverse_norm(d)
-    positive, consistency = _within_groups(d, inv_d, own, q)
-    to_negatives = (d @ n.mT) * inv_d[..., None] if document else q[:, None] @ n.mT
+    inv_d, consistency = _within_groups(d)
+    positive = torch.bmm(d, q[..., None])[..., 0].mul_(inv_d)
+    to_negatives = (d @ n.mT).mul_(inv_d[..., None]) if document else q[:, None] @ n.mT
     if form == "info_nce":
         cross, num_other = _cross_torch(
             d, inv_d, q, ids, document=document, temperature=temperature

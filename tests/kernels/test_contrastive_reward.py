@@ -24,6 +24,7 @@ SHAPES = [  # groups, rollouts, hidden, negatives (None: not given)
     (9, 3, 65, 3),  # odd everything
     (65, 2, 16, None),  # one group more than a tile of rows
     (3, 70, 8, 1),  # a group wider than a tile of columns
+    (2, 70, 150, 2),  # and longer than one pass over it
 ]
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -286,7 +287,7 @@ def test_chunks_do_not_show(form, repulsion, device, monkeypatch):
 def test_nothing_of_groups_times_groups_times_rollouts_is_stored(
     impl, form, repulsion, device, monkeypatch
 ):
-    groups, rollouts = 96, 16
+    groups, rollouts = 192, 16
     if impl == "triton" and device.type == "cpu":
         groups = 32  # the interpreter is slow
     monkeypatch.setattr(module, "MAX_TILE", groups * rollouts)
