@@ -7,18 +7,19 @@ CSRC_BUILD := build/csrc
 GPU_BENCHES := masked_mean contrastive_reward token_logp linear_logp packed_forward
 CPU_BENCHES := $(GPU_BENCHES) grace_step
 
-.PHONY: help demo test test-csrc lint bench evidence gpu clean
+.PHONY: help demo test test-csrc mutation lint bench evidence gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train GRACE on a small world and show what it learnt (CPU, minutes)"
 	@echo "make test      C++ and Python tests"
+	@echo "make mutation  proof that the tests notice each of many broken lines (an hour; ARGS='--only tree')"
 	@echo "make lint      formatting, lints and types"
 	@echo "make bench     speed and memory beside the peers, into bench/results/"
 	@echo "make evidence  the three-seed tables of docs/"
 	@echo "make gpu       GPU tests and benches with the Python that is active; installs nothing else"
 
-$(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/src/*.cpp csrc/include/tercet/*.hpp bindings/*.cpp
+$(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/src/*.?pp csrc/include/tercet/*.hpp bindings/*.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip -c constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch scikit-build-core pybind11 cmake ninja
@@ -35,6 +36,9 @@ test-csrc: $(INSTALLED)
 	$(BIN)/cmake -S csrc -B $(CSRC_BUILD) -DTERCET_BUILD_TESTS=ON -DTERCET_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug
 	$(BIN)/cmake --build $(CSRC_BUILD)
 	$(BIN)/ctest --test-dir $(CSRC_BUILD) --output-on-failure
+
+mutation: $(INSTALLED)
+	$(BIN)/python tests/mutation.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

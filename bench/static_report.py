@@ -333,6 +333,7 @@ LAUNCHES = [
     pooled(FP32, 64, 2048, 4096, packed=False),
     pooled(BF16, 64, 2048, 4096, packed=True),
     pooled(FP32, 1024, 128, 1024, packed=True),
+    pooled(torch.float64, 8, 512, 1024, packed=True),
     rewarded(BF16, 8192, 8, 2048, lse=False, document=False),
     rewarded(BF16, 8192, 8, 2048, lse=True, document=True),
     rewarded(FP16, 1024, 4, 1024, lse=True, document=False),
@@ -357,6 +358,7 @@ LAUNCHES = [
 # in flight on each of 132 keep an H200's memory busy for a latency of a microsecond.
 DESIGN = {
     "_masked_mean_partial": Design(("x_ptr",), blocks=7, in_flight=32),
+    "_masked_mean_partial f64": Design(("x_ptr",), blocks=3, in_flight=32),
     "_masked_mean_combine": Design(("partial_ptr",), blocks=8),
     "_masked_mean_normalize": Design(("y_ptr",), blocks=8),
     "_masked_mean_row_grad": Design(("dy_ptr", "y_ptr", "grad_ptr"), blocks=8),

@@ -17,11 +17,12 @@ from tercet.kernels.masked_mean import CHUNK_ELEMENTS, _sums_plain
 from tercet.kernels.reference import masked_mean_ref, segment_mean_ref
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-SHAPES = [  # tokens: one, some, a slot, one more; hidden: one, a block, one more
+SHAPES = [  # tokens: one, some, a slot, one more; hidden: one, a block, one more, many
     (1, 1, 1),
     (3, 5, 256),
     (1, 256, 257),
     (1, 257, 64),
+    (2, 2, kernels.BLOCK_ROW + 6),
 ]
 LENGTHS = [[1], [3, 0, 290, 1], [256, 17], [0, 0, 5, 0]]
 
@@ -68,6 +69,45 @@ def test_more_slots_than_one_block_of_them(impl, device, judge):
     mask = torch.rand(1, t, device=device) < 0.7
     ref = partial(masked_mean_ref, mask=mask)
     judge(partial(masked_mean, mask=mask, impl=impl), ref, [x], torch.randn(1, 3, device=device))
+
+
+def test_means_shorter_than_the_least_norm(impl, device, judge):
+    """They are divided by 1e-12, and no part of their gradient is projected out."""
+    x = torch.randn(3, 4, 5, device=device) * 1e-13
+    x[1] = 0.0
+    mask = torch.rand(3, 4, device=device) < 0.7
+    mask[:, 0] = True
+    ref = partial(masked_mean_ref, mask=mask, normalize=True)
+    ours = partial(masked_mean, mask=mask, normalize=True, impl=impl)
+    judge(ours, ref, [x], torch.randn(3, 5, device=device) * 1e-12)
+
+
+def test_float64_keeps_its_precision(impl, device, judge):
+    x = torch.randn(2, 40, 9, dtype=torch.float64, device=device)
+    mask = torch.rand(2, 40, device=device) < 0.7
+    ref = partial(masked_mean_ref, mask=mask, normalize=True)
+    ours = partial(masked_mean, mask=mask, normalize=True, impl=impl)
+    judge(ours, ref, [x], torch.randn(2, 9, device=device), slack=1e-14)
+
+
+def test_boundaries_of_any_stride(impl, device):
+    x = torch.randn(9, 4, device=device)
+    cu = torch.tensor([0, 9, 2, 9, 9, 9], dtype=torch.int32, device=device)[::2]
+    torch.testing.assert_close(segment_mean(x, cu, impl=impl), segment_mean_ref(x, cu))
+
+
+def test_tokens_behind_the_last_one_are_not_read(device):
+    """A GPU trusts cu_seqlens; wrong ones must not lead out of x."""
+    x = torch.ones(5, 4, device=device)
+    storage = torch.cat([x, torch.full((600, 4), float("nan"), device=device)])
+    cu = torch.tensor([0, 2, 600], dtype=torch.int32, device=device)
+    mean, count, norm = kernels.forward(storage[:5], cu, None, False)
+    assert torch.equal(mean, torch.ones(2, 4, device=device))
+    assert count.tolist() == [2, 3]
+    dx = torch.zeros(605, 4, device=device)
+    kernels.backward(mean, mean, count, norm, cu, None, dx[:5], False)
+    assert dx[:5].ne(0).all()
+    assert dx[5:].eq(0).all()
 
 
 def test_golden(impl, device):
@@ -125,9 +165,10 @@ def test_rows_without_tokens_are_zero_and_take_no_gradient(impl, dtype, normaliz
     assert dx[1].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(0, 4, 8), (3, 0, 8), (3, 4, 0)], ids=str)
-def test_empty_batches(impl, shape, device, fwd_bwd):
-    x = torch.randn(shape, device=device)
+def test_empty_batches(impl, shape, dtype, device, fwd_bwd):
+    x = torch.randn(shape, device=device).to(dtype)
     mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
     dy = torch.randn(shape[0], shape[2], device=device)
     y, dx = fwd_bwd(partial(masked_mean, mask=mask, normalize=True, impl=impl), [x], dy)
@@ -137,7 +178,7 @@ def test_empty_batches(impl, shape, device, fwd_bwd):
         cu = _boundaries(lengths, device)
         packed = partial(segment_mean, cu_seqlens=cu, impl=impl)
         zeros = torch.zeros(len(lengths), 8, device=device)
-        y, dx = fwd_bwd(packed, [torch.randn(2, 8, device=device)], zeros + 1)
+        y, dx = fwd_bwd(packed, [torch.randn(2, 8, device=device).to(dtype)], zeros + 1)
         assert torch.equal(y, zeros)
         assert dx.eq(0).all()
 
@@ -256,9 +297,10 @@ def test_backward_in_a_bare_thread(impl, device):
     torch.testing.assert_close(x.grad, torch.full_like(x, 1 / 9))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_registration(impl, layout, device):
-    x = torch.randn(3, 5, 8, device=device, requires_grad=True)
+def test_registration(impl, layout, dtype, device):
+    x = torch.randn(3, 5, 8, device=device).to(dtype).requires_grad_()
     mask = torch.rand(3, 5, device=device) < 0.5
     inputs = (x, None, mask, True, impl == "triton")
     if layout == "packed":
@@ -266,6 +308,7 @@ def test_registration(impl, layout, device):
         inputs = (x, _boundaries([4, 0, 11], device), mask.flatten(), True, impl == "triton")
     torch.library.opcheck(torch.ops.tercet.masked_mean.default, inputs)
     y, count, norm = torch.ops.tercet.masked_mean(*inputs)
+    assert not norm.requires_grad  # it has no derivative, so it must not look as if it had
     saved = (torch.randn_like(y), y.detach(), count, norm.detach(), *inputs[1:3])
     rest = (list(x.shape), torch.bfloat16, *inputs[3:])
     torch.library.opcheck(torch.ops.tercet.masked_mean_backward.default, (*saved, *rest))
@@ -301,14 +344,20 @@ def test_offsets_beyond_32_bits(impl, device):
     torch.testing.assert_close(masked_mean(x, mask, impl=impl), expected)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "time first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_extra_memory_does_not_grow_with_the_input(dtype, device, fwd_bwd):
-    x = torch.randn(4, 2048, 256, device=device).to(dtype)
-    mask = torch.rand(4, 2048, device=device) < 0.5
+def test_extra_memory_does_not_grow_with_the_input(dtype, layout, device, fwd_bwd):
+    x = torch.randn(8, 2048, 256, device=device).to(dtype)
+    if layout == "time first":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    mask = torch.rand(8, 2048, device=device) < 0.5
     fn = partial(masked_mean, mask=mask, normalize=True)
-    extra = extra_bytes(partial(fwd_bwd, fn, [x], torch.randn(4, 256, device=device)))
-    per_row, per_token = 4 * 256 * 4, 4 * 2048 * 8
-    cast = 0 if dtype == torch.float32 or device.type == "cuda" else 6 * CHUNK_ELEMENTS
+    dy = torch.randn(8, 256, device=device)
+    # the backward hides what the forward borrows, as it returns a gradient of the input's size
+    extra = max(extra_bytes(partial(fn, x)), extra_bytes(partial(fwd_bwd, fn, [x], dy)))
+    per_row, per_token = 8 * 256 * 4, 8 * 2048 * 8
+    whole = dtype == torch.float32 and layout == "contiguous"  # else in chunks, gathered and cast
+    cast = 0 if whole or device.type == "cuda" else (x.itemsize + 8) * CHUNK_ELEMENTS
     assert extra <= 16 * per_row + 5 * per_token + cast
     assert extra < x.nbytes / 2
 

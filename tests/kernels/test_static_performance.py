@@ -90,7 +90,7 @@ def _main() -> None:
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, list[str]]]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT / "bench")
+    env["PYTHONPATH"] = os.pathsep.join([env.get("PYTHONPATH", ""), str(ROOT / "bench")])
     done = subprocess.run(
         [sys.executable, "-P", __file__], env=env, capture_output=True, text=True, check=False
     )
