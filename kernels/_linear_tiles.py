@@ -48,7 +48,7 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if add:
-        return out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
