@@ -15,6 +15,7 @@ OPS = (
     "contrastive_reward",
     "token_logp",
     "linear_logp",
+    "policy_head",
     "policy_loss",
 )
 
