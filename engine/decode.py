@@ -17,8 +17,8 @@ from transformers.cache_utils import DynamicLayer
 
 from tercet.engine.attention import HALF
 from tercet.engine.model import LMHead, Policy
+from tercet.engine.pooling import Pool, RunningPool, States
 from tercet.engine.records import SamplingParams, pack, split_by_tokens
-from tercet.kernels import segment_mean
 from tercet.kernels._typing import Bool, Float, Int
 
 PREFILL_TOKENS = 16384  # of one packed prefill pass; memory only
@@ -81,8 +81,8 @@ class DecodeState:
     positions: Int[Tensor, " batch"]  # of the next token
     hidden: Float[Tensor, "batch hidden"]  # of the last token read: predicts the next one
 
-    def read(self, tokens: Int[Tensor, " batch"]) -> None:
-        """Runs the model on one new token per row."""
+    def read(self, tokens: Int[Tensor, " batch"], layer: int) -> Float[Tensor, "batch hidden"]:
+        """Runs the model on one new token per row; returns their states of `layer`."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones((len(tokens), 1))], dim=1)
         out = self.policy.model.base_model(
@@ -91,11 +91,14 @@ class DecodeState:
             position_ids=self.positions[:, None],
             past_key_values=self.cache,
             use_cache=True,
+            **States.wanted(layer),
         )
-        self.hidden = out.last_hidden_state[:, 0]
+        states = States.of(out, layer)
+        self.hidden = states.last[:, 0]
         last = self.policy.max_length
         # a finished row stays in the batch for a while and must not run past the position table
         self.positions = (self.positions + 1).clamp(max=None if last is None else last - 1)
+        return states.pooled[:, 0]
 
     def select(self, index: Int[Tensor, " kept"]) -> None:
         """Keeps only these rows."""
@@ -105,17 +108,17 @@ class DecodeState:
 
 
 def prefill(
-    policy: Policy, prompts: Sequence[Sequence[int]], pool_from: Sequence[int | None]
-) -> tuple[DecodeState, Float[Tensor, "batch hidden"]]:
+    policy: Policy, prompts: Sequence[Sequence[int]], pool_from: Sequence[int | None], pool: Pool
+) -> tuple[DecodeState, RunningPool]:
     """Reads every distinct prompt once, packed, and spreads its keys and values over its rows.
 
-    Returns the state, and the float32 sum of each prompt's hidden states from pool_from on.
+    Returns the state, and what each prompt's hidden states from pool_from on have come to.
     """
     keys = [(tuple(prompt), start) for prompt, start in zip(prompts, pool_from, strict=True)]
     distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     texts = list(distinct)
     lengths = [len(ids) for ids, _ in texts]
-    caches, last, sums = [], [], []
+    caches, last, vectors = [], [], []
     for part in split_by_tokens(lengths, PREFILL_TOKENS):
         packed = pack(
             [texts[i][0] for i in part],
@@ -123,12 +126,9 @@ def prefill(
             device=policy.device,
         )
         caches.append(DynamicCache())
-        hidden = policy.hidden(packed, cache=caches[-1])
-        last.append(hidden[packed.cu_seqlens[1:].long() - 1])
-        mean = segment_mean(hidden, packed.cu_seqlens, packed.pool_mask)
-        starts = [lengths[i] if texts[i][1] is None else texts[i][1] for i in part]
-        pooled = packed.cu_seqlens.diff() - torch.tensor(starts, device=policy.device)
-        sums.append(mean * pooled[:, None])
+        states = policy.states(packed, layer=pool.layer, cache=caches[-1])
+        last.append(states.last[packed.cu_seqlens[1:].long() - 1])
+        vectors.append(pool.rows(states.pooled, packed))
 
     which = torch.tensor([distinct[key] for key in keys])  # [batch]
     slots, mask = _slots(torch.tensor(lengths), which)
@@ -140,7 +140,9 @@ def prefill(
         positions=torch.tensor(lengths, device=policy.device)[which],
         hidden=torch.cat(last)[which],
     )
-    return state, torch.cat(sums)[which]
+    counts = [0 if start is None else len(ids) - start for ids, start in texts]
+    count = torch.tensor(counts, device=policy.device)[which]
+    return state, RunningPool(pool, torch.cat(vectors)[which], count)
 
 
 def _slots(lengths: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,10 @@ from tercet.engine.attention import (
     without_masks,
 )
 from tercet.engine.isolation import isolation_error
+from tercet.engine.pooling import LAST, States, find_pool
 from tercet.engine.pretrained import load_pretrained
-from tercet.engine.records import Packed
-from tercet.kernels import linear_logp, segment_mean
+from tercet.engine.records import Packed, Pooling
+from tercet.kernels import linear_logp
 from tercet.kernels._typing import Float
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -151,11 +152,20 @@ class Policy:
         layer = cast(nn.Linear, self.model.get_output_embeddings())
         return LMHead(layer.weight, layer.bias)
 
-    def hidden(self, packed: Packed, *, cache: Cache | None = None) -> Float[Tensor, "n hidden"]:
+    def hidden(self, packed: Packed) -> Float[Tensor, "n hidden"]:
         """Last-layer hidden states after the final norm, with gradient; rows see only themselves.
+
+        Raises:
+            ValueError, RuntimeError: as `states`.
+        """
+        return self.states(packed).last
+
+    def states(self, packed: Packed, *, layer: int = LAST, cache: Cache | None = None) -> States:
+        """Last-layer hidden states, and those of `layer` beside them, from one pass.
 
         Args:
             packed: rows on this policy's device.
+            layer: a place in transformers' tuple of hidden states.
             cache: an empty cache that receives every layer's keys and values, packed as the rows.
 
         Raises:
@@ -166,7 +176,7 @@ class Policy:
         self._check(packed)
         if not self._isolated:
             self.prove_isolation()
-        return self._forward(packed, cache)
+        return self._forward(packed, layer, cache)
 
     def prove_isolation(self) -> float:
         """Proves on short random rows that packing changes nothing; the largest relative error.
@@ -177,7 +187,12 @@ class Policy:
             FloatingPointError: hidden states are not finite though the weights are.
         """
         with evaluating(self.model), torch.no_grad():
-            error = isolation_error(self.model, self._forward, self.head(), self._compute_dtype())
+            error = isolation_error(
+                self.model,
+                lambda packed: self._forward(packed).last,
+                self.head(),
+                self._compute_dtype(),
+            )
         self._isolated = True
         return error
 
@@ -209,7 +224,7 @@ class Policy:
         backend = choose_backend(self.attn, self.device, dtype)
         return plan_layout(packed.cu_seqlens, packed.max_seqlen, backend, dtype)
 
-    def _forward(self, packed: Packed, cache: Cache | None = None) -> Float[Tensor, "n hidden"]:
+    def _forward(self, packed: Packed, layer: int = LAST, cache: Cache | None = None) -> States:
         config = self._base.config
         if config._attn_implementation != NAME:
             # layers recomputed by activation checkpointing would run it, and let rows leak
@@ -225,8 +240,10 @@ class Policy:
                 past_key_values=cache,
                 use_cache=cache is not None,
                 packed_layout=self._layout(packed),
+                **States.wanted(layer),
             )
-        return out.last_hidden_state[0]
+        last, pooled = States.of(out, layer)
+        return States(last[0], pooled[0])
 
     def _check(self, packed: Packed) -> None:
         if packed.ids.device != self.device:
@@ -253,7 +270,7 @@ class Scored(NamedTuple):
 
     logp: Float[Tensor, " m"]  # nats, of each loss_mask token, in packed order
     entropy: Float[Tensor, " m"] | None  # nats, of the distribution the token was drawn from
-    embedding: Float[Tensor, "rows hidden"] | None  # mean over pool_mask, not normalised
+    embedding: Float[Tensor, "rows hidden"] | None  # pooled over pool_mask, not normalised
 
 
 def score(
@@ -262,7 +279,7 @@ def score(
     *,
     temperature: float | Float[Tensor, " m"] = 1.0,
     entropy: bool = False,
-    embed: bool = False,
+    embed: Pooling | None = None,
 ) -> Scored:
     """Log-probs, entropies and embeddings of a packed batch from one forward pass, with gradient.
 
@@ -273,11 +290,11 @@ def score(
         packed: the rows; loss_mask says which tokens are scored.
         temperature: that the logits are divided by, one number or one per loss_mask token.
         entropy: also return entropies.
-        embed: also return the mean hidden state over pool_mask; zeros for a row without such.
+        embed: also return the states over pool_mask, pooled in this way; zeros for a row without.
 
     Raises:
-        ValueError: the first token of a row is in loss_mask (nothing predicts it), or as
-            `Policy.hidden`.
+        ValueError: the first token of a row is in loss_mask (nothing predicts it), no such pooling,
+            or as `Policy.states`.
     """
     tokens = packed.loss_mask.nonzero().squeeze(1)  # [m]
     if (packed.positions[tokens] == 0).any():
@@ -285,17 +302,18 @@ def score(
             "score: loss_mask must not hold the first token of a row, which nothing predicts; "
             "give every row a prompt"
         )
-    hidden = policy.hidden(packed)
+    pool = None if embed is None else find_pool("score", embed)
+    states = policy.states(packed, layer=LAST if pool is None else pool.layer)
     weight, bias = policy.head()
     logp = linear_logp(
-        hidden[tokens - 1],
+        states.last[tokens - 1],
         weight,
         packed.ids[tokens],
         bias=bias,
         temperature=temperature,
         return_entropy=entropy,
     )
-    embedding = segment_mean(hidden, packed.cu_seqlens, packed.pool_mask) if embed else None
+    embedding = None if pool is None else pool.rows(states.pooled, packed)
     return Scored(logp.logp, logp.entropy, embedding)
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tercet.kernels._typing import Bool, Float, Int
+
+Pooling = Literal["mean", "penultimate_mean", "max", "last_token"]  # see engine/pooling.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,7 @@ class Request:
     group: int = 0  # index of the group inside the batch
     role: str = "rollout"  # what the system uses it for; only "rollout" rows are trained
     pool_from: int | None = None  # first prompt token that enters the embedding; None: no embedding
+    pooling: Pooling = "mean"  # how the states from there on become an embedding
     truncated: bool = False  # the prompt lost text to fit its limit; counted, nothing else
 
 
@@ -60,9 +64,7 @@ class Completion:
     ids: list[int]  # sampled tokens, the end token included when there is one
     logp: list[float]  # nats, of each sampled token under softmax(logits / temperature)
     finished: bool  # False: cut off by max_completion_length
-    embedding: Float[Tensor, " hidden"] | None = (
-        None  # mean hidden state from pool_from on, not normalised
-    )
+    embedding: Float[Tensor, " hidden"] | None = None  # pooled from pool_from on, not normalised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

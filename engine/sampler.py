@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tercet.engine.decode import DecodeState, Rules, draw, prefill, wide_head, wide_logits
+from tercet.engine.decode import Rules, draw, prefill, wide_head, wide_logits
 from tercet.engine.model import Policy, evaluating
+from tercet.engine.pooling import Pool, RunningPool, common_pooling, find_pool
 from tercet.engine.records import Completion, Request
 
 COMPACT_BELOW = 0.75  # the batch is compacted when at most this share of its rows is still needed
@@ -66,11 +67,13 @@ class TransformersSampler:
         """One completion per request, in order.  Weights and training flags stay as they are.
 
         Raises:
-            ValueError: an empty prompt, a pool_from outside of the prompt, or a prompt that with
-                its completion would exceed the model's positions.
+            ValueError: an empty prompt, a pool_from outside of the prompt, a prompt that with its
+                completion would exceed the model's positions, or several kinds of pooling.
             FloatingPointError: the model's logits are not finite.
         """
         _check(requests, self.policy.max_length)
+        pooling = common_pooling("TransformersSampler", requests)
+        pool = find_pool("TransformersSampler", pooling)
         seeds = [self._seed(request) for request in requests]
         order = sorted(
             range(len(requests)),
@@ -80,7 +83,9 @@ class TransformersSampler:
         with evaluating(self.policy.model), torch.no_grad():
             for start in range(0, len(order), self.max_batch_size):
                 part = order[start : start + self.max_batch_size]
-                completions = self._decode([requests[i] for i in part], [seeds[i] for i in part])
+                completions = self._decode(
+                    [requests[i] for i in part], [seeds[i] for i in part], pool
+                )
                 done.update(zip(part, completions, strict=True))
         return [done[i] for i in range(len(requests))]
 
@@ -89,12 +94,12 @@ class TransformersSampler:
             return request.params.seed
         return int(torch.randint(2**62, (), generator=self.generator))
 
-    def _decode(self, requests: list[Request], seeds: list[int]) -> list[Completion]:
+    def _decode(self, requests: list[Request], seeds: list[int], pool: Pool) -> list[Completion]:
         policy, ends = self.policy, self.end_tokens
         head = wide_head(policy)
         params = [request.params for request in requests]
-        state, sums = prefill(
-            policy, [r.prompt_ids for r in requests], [r.pool_from for r in requests]
+        state, pooled = prefill(
+            policy, [r.prompt_ids for r in requests], [r.pool_from for r in requests], pool
         )
         rules = Rules.of(params, seeds, policy)
         texts = [_Text(limit=p.max_completion_length) for p in params]
@@ -116,12 +121,12 @@ class TransformersSampler:
                 state.select(index)
                 tokens, rules = tokens[index], rules.select(index)
                 rows, needed = [rows[slot] for slot in needed], list(range(len(needed)))
-            state.read(tokens)
-            pooled = [slot for slot in needed if requests[rows[slot]].pool_from is not None]
-            _pool(sums, state, pooled, [rows[slot] for slot in pooled])
+            states = state.read(tokens, pool.layer)
+            slots = [slot for slot in needed if requests[rows[slot]].pool_from is not None]
+            _pool(pooled, states, slots, [rows[slot] for slot in slots])
         return [
-            text.completion(request, total)
-            for text, request, total in zip(texts, requests, sums, strict=True)
+            text.completion(None if request.pool_from is None else vector)
+            for text, request, vector in zip(texts, requests, pooled.vectors, strict=True)
         ]
 
 
@@ -148,18 +153,15 @@ class _Text:
         self.logp.append(logp)
         self.finished = token in ends
 
-    def completion(self, request: Request, total: Tensor) -> Completion:
-        embedding = None
-        if request.pool_from is not None:
-            embedding = total / (len(request.prompt_ids) - request.pool_from + len(self.ids))
+    def completion(self, embedding: Tensor | None) -> Completion:
         return Completion(ids=self.ids, logp=self.logp, finished=self.finished, embedding=embedding)
 
 
-def _pool(sums: Tensor, state: DecodeState, slots: list[int], rows: list[int]) -> None:
-    """Adds the states of the tokens just read in these batch slots to these rows of sums."""
+def _pool(pooled: RunningPool, states: Tensor, slots: list[int], rows: list[int]) -> None:
+    """Pools the states of the tokens just read in these batch slots into these rows."""
     if slots:
-        new = state.hidden[torch.tensor(slots, device=sums.device)].to(sums.dtype)
-        sums.index_add_(0, torch.tensor(rows, device=sums.device), new)
+        device = states.device
+        pooled.add(torch.tensor(rows, device=device), states[torch.tensor(slots, device=device)])
 
 
 def _check(requests: Sequence[Request], max_length: int | None) -> None:

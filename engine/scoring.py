@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tercet.engine.model import Policy, Scored, evaluating, score
+from tercet.engine.pooling import common_pooling
 from tercet.engine.records import Completion, Request, Rollouts, pack, split_by_tokens
 from tercet.engine.train_config import TrainConfig
 from tercet.kernels._typing import Float
@@ -119,5 +120,5 @@ def score_completions(
             packed,
             temperature=warm[0] if uniform else torch.tensor(warm, device=policy.device),
             entropy=entropy,
-            embed=embed,
+            embed=common_pooling("score_completions", requests) if embed else None,
         )

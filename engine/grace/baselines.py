@@ -21,7 +21,7 @@ from tercet.engine.grace.fit import FitConfig, fit
 from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
-from tercet.engine.records import split_by_tokens
+from tercet.engine.records import Pooling, split_by_tokens
 from tercet.kernels._typing import Float, Int
 
 Method = Literal["info_nce", "simcse"]
@@ -39,12 +39,18 @@ class ContrastiveConfig:
     max_tokens_per_batch: int = 16_384  # of a forward pass; memory only (see `Contrastive`)
     max_prompt_length: int = 1024  # tokens, template included
     system_prompt: str = SYSTEM_PROMPT
+    pooling: Pooling = "mean"  # or penultimate_mean, max, last_token
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(
                 f"ContrastiveConfig: method must be one of {get_args(Method)}, got {self.method!r}"
+            )
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(
+                f"ContrastiveConfig: pooling must be one of {get_args(Pooling)}, "
+                f"got {self.pooling!r}"
             )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
@@ -187,8 +193,13 @@ class Contrastive:
             )
 
         prompts = [*queries, *documents, *negatives]
-        limit = self.config.max_tokens_per_batch
-        loss, vectors = cached_backward(self.policy, prompts, loss_of, max_tokens_per_batch=limit)
+        loss, vectors = cached_backward(
+            self.policy,
+            prompts,
+            loss_of,
+            pooling=self.config.pooling,
+            max_tokens_per_batch=self.config.max_tokens_per_batch,
+        )
         q, d = (F.normalize(x, dim=-1) for x in vectors[: 2 * len(rows)].split(len(rows)))
         cosines = q @ d.T
         positive = cosines.diagonal().mean()
@@ -206,6 +217,7 @@ def cached_backward(
     prompts: Sequence[Prompt],
     loss_of: Callable[[Float[Tensor, "n hidden"]], Float[Tensor, ""]],
     *,
+    pooling: Pooling = "mean",
     max_tokens_per_batch: int,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n hidden"]]:
     """Back-propagates loss_of(embeddings of the prompts); returns the loss and the embeddings.
@@ -214,7 +226,7 @@ def cached_backward(
     """
     parts = split_by_tokens([len(p.ids) for p in prompts], max_tokens_per_batch)
     if len(parts) == 1:
-        vectors = pool_prompts(policy, prompts)
+        vectors = pool_prompts(policy, prompts, pooling)
         loss = loss_of(vectors)
         loss.backward()
         return loss.detach(), vectors.detach()
@@ -222,7 +234,7 @@ def cached_backward(
     with torch.no_grad():
         for part in parts:
             states.append(_random_state(policy.device))
-            found.append(pool_prompts(policy, [prompts[i] for i in part]))
+            found.append(pool_prompts(policy, [prompts[i] for i in part], pooling))
     vectors = torch.cat(found).requires_grad_()
     loss = loss_of(vectors)
     (gradient,) = torch.autograd.grad(loss, vectors)
@@ -230,7 +242,7 @@ def cached_backward(
         parts, states, gradient.split([len(p) for p in parts]), strict=True
     ):
         _set_random_state(policy.device, state)  # the same dropout as in the first pass
-        pool_prompts(policy, [prompts[i] for i in part]).backward(upstream)
+        pool_prompts(policy, [prompts[i] for i in part], pooling).backward(upstream)
     return loss.detach(), vectors.detach()
 
 

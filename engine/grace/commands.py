@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tercet.engine.config import load_config
 from tercet.engine.data import check_text, read_rows
 from tercet.engine.grace.config import GraceData
+from tercet.engine.records import Pooling
 
 if TYPE_CHECKING:
     from tercet.engine.grace.encoder import GraceEncoder
@@ -30,6 +31,7 @@ class EncodeConfig:
     max_completion_length: int = 256
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0
+    pooling: Pooling | None = None  # None: as the model was trained
     normalize: bool = True
     max_batch_size: int = 64
     device: str | None = None  # None: CUDA where there is one
@@ -84,6 +86,7 @@ class EvalConfig:
     max_completion_length: int = 256
     temperature: float = 1.0
     seed: int = 0
+    pooling: Pooling | None = None  # None: as the model was trained
     max_batch_size: int = 64
     device: str | None = None  # None: CUDA where there is one
 
@@ -123,6 +126,7 @@ def _encoder(config: EncodeConfig | EvalConfig) -> GraceEncoder:
     return GraceEncoder.from_pretrained(
         config.model,
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        pooling=config.pooling,
         max_batch_size=config.max_batch_size,
     )
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from tercet.engine.grace.prompts import SYSTEM_PROMPT
 from tercet.engine.grace.rewards import RewardConfig
+from tercet.engine.records import Pooling
 from tercet.engine.train_config import TrainConfig
 
 COLUMN = re.compile(r"query|anchor|positive|pos|text|(neg|negatives?)(_\d+)?")
@@ -85,7 +86,7 @@ class GraceEval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraceConfig:
-    """Train a language model to write rationales whose mean hidden state embeds the text.
+    """Train a language model to write rationales whose pooled hidden states embed the text.
 
     One step takes generation_batch_size / num_generations rows of the data; the document of each
     is sampled num_generations times, its query and its negatives once.  An unfinished run with the
@@ -106,6 +107,7 @@ class GraceConfig:
     anchor_temperature: float = 0.5  # of queries, negatives, and unsupervised anchors
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps the whole vocabulary
+    pooling: Pooling = "mean"  # or penultimate_mean, max, last_token
 
     device: str | None = None  # None: CUDA where there is one
     dtype: Dtype = "float32"  # of the weights; train.bf16 computes in bfloat16 beside them
@@ -118,6 +120,7 @@ class GraceConfig:
         _check_named("GraceConfig", "output_dir", self.output_dir)
         _check_choice("GraceConfig", "dtype", self.dtype, get_args(Dtype))
         _check_choice("GraceConfig", "attn", self.attn, get_args(Attention))
+        _check_choice("GraceConfig", "pooling", self.pooling, get_args(Pooling))
         for name in (
             "num_generations",
             "generation_batch_size",

@@ -1,7 +1,7 @@
 """Texts to vectors: the model writes a rationale about each text, and is pooled as it writes.
 
-Generation and pooling are one pass with one copy of the model: the sampler keeps a running sum of
-last-layer states while it decodes.  Source: arXiv:2510.04506, section 3.2 and eq. 10-11.
+Generation and pooling are one pass with one copy of the model: the sampler pools hidden states
+while it decodes.  Source: arXiv:2510.04506, section 3.2 and eq. 10-11.
 
 Departs from the released code: there, every text is sampled unseeded at temperature 1, its words
 are tokenised again, and a second copy of the model embeds them; here the default is greedy.
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
 from tercet.engine.model import Policy, evaluating
-from tercet.engine.records import Request, SamplingParams, pack, split_by_tokens
+from tercet.engine.pooling import find_pool
+from tercet.engine.records import Pooling, Request, SamplingParams, pack, split_by_tokens
 from tercet.engine.sampler import Sampler, TransformersSampler
-from tercet.kernels import segment_mean
 from tercet.kernels._typing import Float
 
 
@@ -57,6 +57,7 @@ class GraceEncoder:
         *,
         max_prompt_length: int = 1024,
         system_prompt: str = SYSTEM_PROMPT,
+        pooling: Pooling = "mean",
         max_batch_size: int = 64,
         max_tokens_per_batch: int = 16_384,
     ) -> None:
@@ -66,12 +67,14 @@ class GraceEncoder:
             policy: with a tokenizer that has a chat template.
             max_prompt_length: tokens, template included; a longer text loses its end.
             system_prompt: the one the policy was trained with.
+            pooling: how hidden states become a vector; the one the policy was trained with.
             max_batch_size: rationales written at once; memory and speed only.
             max_tokens_per_batch: of a forward pass without generation; memory only.
 
         Raises:
-            ValueError: no tokenizer, or one that `PromptBuilder` refuses.
+            ValueError: no tokenizer, or one that `PromptBuilder` refuses; no such pooling.
         """
+        find_pool("GraceEncoder", pooling)
         if policy.tokenizer is None:
             raise ValueError(
                 "GraceEncoder: the policy must have a tokenizer, got None; "
@@ -82,6 +85,7 @@ class GraceEncoder:
         self.prompt = PromptBuilder(
             policy.tokenizer, max_prompt_length=max_prompt_length, system_prompt=system_prompt
         )
+        self.pooling: Pooling = pooling
         self.max_tokens_per_batch = max_tokens_per_batch
         self.sampler: Sampler = TransformersSampler(policy, max_batch_size=max_batch_size)
 
@@ -95,6 +99,7 @@ class GraceEncoder:
         attn: str = "auto",
         max_prompt_length: int | None = None,
         system_prompt: str | None = None,
+        pooling: Pooling | None = None,
         max_batch_size: int = 64,
     ) -> GraceEncoder:
         """Loads a checkpoint of a run, or any causal LM with a chat template.
@@ -107,15 +112,19 @@ class GraceEncoder:
             max_prompt_length: None: as in the config.yaml of the run that the folder lies in,
                 else 1024.
             system_prompt: None: as in that config.yaml, else `SYSTEM_PROMPT`.
+            pooling: None: as in that config.yaml, else "mean".
             max_batch_size: see `GraceEncoder`.
 
         Raises:
             FileNotFoundError, ValueError: as `Policy.from_pretrained` and `GraceEncoder`.
         """
         policy = Policy.from_pretrained(folder, dtype=dtype, device=device, attn=attn)
-        settings = {"max_prompt_length": 1024, "system_prompt": SYSTEM_PROMPT}
-        settings |= _trained_with(Path(folder))
-        given = {"max_prompt_length": max_prompt_length, "system_prompt": system_prompt}
+        given = {
+            "max_prompt_length": max_prompt_length,
+            "system_prompt": system_prompt,
+            "pooling": pooling,
+        }
+        settings = _trained_with(Path(folder))
         settings |= {key: value for key, value in given.items() if value is not None}
         return cls(policy, max_batch_size=max_batch_size, **settings)
 
@@ -132,7 +141,7 @@ class GraceEncoder:
         seed: int | None = None,
         normalize: bool = True,
     ) -> Encoded:
-        """Embeddings of texts, each the mean hidden state of text, header and rationale.
+        """Embeddings of texts, each pooled from the hidden states of text, header and rationale.
 
         A text may be empty: then only the header and the rationale are pooled.  Equal texts are
         written about once, unless samples are drawn without a seed.
@@ -192,6 +201,7 @@ class GraceEncoder:
                 params=replace(params, seed=seed),
                 group=group,
                 pool_from=prompt.pool_from,
+                pooling=self.pooling,
                 truncated=prompt.truncated,
             )
             for group, prompt in enumerate(prompts)
@@ -213,12 +223,13 @@ class GraceEncoder:
         )
 
     def _embed(self, prompts: Sequence[Prompt]) -> Float[Tensor, "n hidden"]:
-        """Mean hidden state of each prompt's pooled part, without a rationale."""
+        """Each prompt's pooled part, without a rationale."""
         vectors = [torch.zeros(0, self.policy.hidden_size, device=self.policy.device)]
         lengths = [len(prompt.ids) for prompt in prompts]
         with evaluating(self.policy.model), torch.no_grad():
             for part in split_by_tokens(lengths, self.max_tokens_per_batch):
-                vectors.append(pool_prompts(self.policy, [prompts[i] for i in part]))
+                some = [prompts[i] for i in part]
+                vectors.append(pool_prompts(self.policy, some, self.pooling))
         return torch.cat(vectors)
 
 
@@ -230,11 +241,18 @@ class _Written(NamedTuple):
     cut: list[bool]  # a rationale ran out of its budget; [] without generation
 
 
-def pool_prompts(policy: Policy, prompts: Sequence[Prompt]) -> Float[Tensor, "n hidden"]:
-    """Mean hidden state of each prompt's pooled part from one packed pass, with gradient."""
+def pool_prompts(
+    policy: Policy, prompts: Sequence[Prompt], pooling: Pooling = "mean"
+) -> Float[Tensor, "n hidden"]:
+    """A vector of each prompt's pooled part from one packed pass, with gradient.
+
+    Raises:
+        ValueError: no such pooling.
+    """
+    pool = find_pool("pool_prompts", pooling)
     packed = pack([p.ids for p in prompts], pool_from=[p.pool_from for p in prompts])
     packed = packed.to(policy.device)
-    return segment_mean(policy.hidden(packed), packed.cu_seqlens, packed.pool_mask)
+    return pool.rows(policy.states(packed, layer=pool.layer).pooled, packed)
 
 
 def sample_variance(vectors: Float[Tensor, "n samples hidden"]) -> Float[Tensor, " n"]:
@@ -281,14 +299,16 @@ def _seed(seed: int | None, text: str, sample: int) -> int | None:
 
 
 def _trained_with(checkpoint: Path) -> dict[str, Any]:
-    """How prompts were built in the run that the checkpoint lies in; {} outside of a run."""
+    """How texts were embedded in the run that the checkpoint lies in; {} outside of a run."""
     path = checkpoint.resolve().parent / "config.yaml"
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    # GRACE's settings keep them under data, those of a contrastive baseline at the top.
-    data = settings.get("data", settings) if isinstance(settings, dict) else None
-    if not isinstance(data, dict):
+    if not isinstance(settings, dict):
         return {}
-    return {k: data[k] for k in ("max_prompt_length", "system_prompt") if k in data}
+    # GRACE's settings keep the prompt under data, those of a contrastive baseline at the top.
+    data = settings.get("data")
+    settings |= data if isinstance(data, dict) else {}
+    names = ("max_prompt_length", "system_prompt", "pooling")
+    return {name: settings[name] for name in names if name in settings}
 
 
 def _check_texts(texts: Sequence[str]) -> None:

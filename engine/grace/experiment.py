@@ -36,9 +36,10 @@ from tercet.engine.grace.scratch import (
     build_tokenizer,
 )
 from tercet.engine.grace.table import Corpus, bm25_row, encoder_row, markdown_table
-from tercet.engine.grace.train import train
+from tercet.engine.grace.training import train
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
+from tercet.engine.records import Pooling
 from tercet.engine.train_config import TrainConfig
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
@@ -82,6 +83,7 @@ class ExperimentConfig:
     split_seed: int = 0
     max_prompt_length: int = 320  # tokens, template included
     system_prompt: str = "Name what matters."
+    pooling: Pooling = "mean"  # of every method: or penultimate_mean, max, last_token
     model: ScratchModel = field(default_factory=ScratchModel)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     generation: Generation = field(default_factory=Generation)
@@ -209,6 +211,7 @@ class Experiment:
             config,
             max_prompt_length=self.config.max_prompt_length,
             system_prompt=self.config.system_prompt,
+            pooling=self.config.pooling,
             fit=replace(config.fit, seed=self.seed),
         )
         folder = self.folder / method
@@ -244,6 +247,7 @@ class Experiment:
                 system_prompt=config.system_prompt,
             ),
             output_dir=str(self.folder / name),
+            pooling=config.pooling,
             reward=RewardConfig(form=form),
             train=replace(config.grace, seed=self.seed),
             **asdict(config.generation),
@@ -265,6 +269,7 @@ class Experiment:
             policy,
             max_prompt_length=self.config.max_prompt_length,
             system_prompt=self.config.system_prompt,
+            pooling=self.config.pooling,
         )
         texts = [text for pair in self.pairs.test for text in pair]
         for readout, row in named.items():

@@ -163,6 +163,7 @@ class GraceSystem:
             group=group,
             role=role,
             pool_from=prompt.pool_from,
+            pooling=self.config.pooling,
             truncated=prompt.truncated,
         )
 

@@ -133,7 +133,7 @@ def test_score_takes_a_temperature_per_token(tiny_policy):
 def test_embedding_is_the_mean_by_hand_and_carries_gradient(tiny_policy):
     rows = ragged_rows([6, 4, 5])
     packed = pack(rows, pool_from=[2, None, 0])
-    got = score(tiny_policy, packed, embed=True)
+    got = score(tiny_policy, packed, embed="mean")
     model = tiny_policy.model.base_model
     hidden = [model(torch.tensor([row])).last_hidden_state[0] for row in rows]
     by_hand = torch.stack([hidden[0][2:].mean(0), torch.zeros(32), hidden[2].mean(0)])
@@ -168,7 +168,7 @@ def test_logits_are_never_made(tiny_policy):
     made = []
     tiny_policy.hidden(pack([[1, 2]]))  # the proof, which looks at the head once
     tiny_policy.model.lm_head.register_forward_hook(lambda *_: made.append(1))
-    score(tiny_policy, pack([[1, 2, 3]], [[4, 5]]), entropy=True, embed=True)
+    score(tiny_policy, pack([[1, 2, 3]], [[4, 5]]), entropy=True, embed="mean")
     assert not made
 
 

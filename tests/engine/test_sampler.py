@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tercet.engine.decode import GrowingLayer, Rules, draw, prefill, wide_head, wide_logits
 from tercet.engine.model import Policy, score
+from tercet.engine.pooling import LAST, POOLS
 from tercet.engine.records import Completion, Request, SamplingParams, pack
 from tercet.engine.sampler import TransformersSampler
 
@@ -48,7 +49,7 @@ def rescore(policy: Policy, requests: list[Request], completions: list[Completio
     temperatures = torch.tensor([r.params.temperature or 1.0 for r in requests])
     per_token = temperatures[packed.row_of_token()[packed.loss_mask]]
     with torch.no_grad():
-        scored = score(policy, packed, temperature=per_token, embed=True)
+        scored = score(policy, packed, temperature=per_token, embed="mean")
     assert scored.embedding is not None
     return scored.logp.split([len(c.ids) for c in completions]), scored.embedding
 
@@ -263,18 +264,19 @@ def test_the_largest_uniform_finds_a_token_of_positive_probability(tiny_policy):
 def test_prefill_keeps_the_cache_of_each_row(tiny_policy):
     """The spread cache continues each prompt as the prompt's own forward does."""
     prompts = [[5, 6, 7], [8], [5, 6, 7], [9, 10, 11, 12, 13]]
-    state, sums = prefill(tiny_policy, prompts, [0, None, 0, 4])
+    state, pooled = prefill(tiny_policy, prompts, [0, None, 0, 4], POOLS["mean"])
     state.select(torch.tensor([3, 0, 1]))
-    state.read(torch.tensor([20, 21, 22]))
+    state.read(torch.tensor([20, 21, 22]), LAST)
     model = tiny_policy.model.base_model
     for row, (prompt, token) in enumerate([(prompts[3], 20), (prompts[0], 21), (prompts[1], 22)]):
         expected = model(torch.tensor([[*prompt, token]])).last_hidden_state[0, -1]
         torch.testing.assert_close(state.hidden[row], expected, rtol=1e-4, atol=1e-5)
     whole = model(torch.tensor([prompts[0]])).last_hidden_state[0]
-    torch.testing.assert_close(sums[0], whole.sum(0), rtol=1e-4, atol=1e-5)
-    assert not sums[1].any()
+    torch.testing.assert_close(pooled.vectors[0], whole.mean(0), rtol=1e-4, atol=1e-5)
+    assert not pooled.vectors[1].any()
     whole = model(torch.tensor([prompts[3]])).last_hidden_state[0]
-    torch.testing.assert_close(sums[3], whole[4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled.vectors[3], whole[4], rtol=1e-4, atol=1e-5)
+    assert pooled.count.flatten().tolist() == [3, 0, 3, 1]
 
 
 def test_growing_layer_holds_what_concatenation_would():
@@ -351,7 +353,7 @@ def test_on_cuda_logp_and_embedding_equal_score(dtype, tolerance, make_tiny_mode
             policy,
             packed,
             temperature=temperatures[packed.row_of_token()[packed.loss_mask]],
-            embed=True,
+            embed="mean",
         )
     got = torch.tensor([value for c in completions for value in c.logp], device="cuda")
     assert (got - scored.logp).abs().mean() < tolerance

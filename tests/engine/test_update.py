@@ -258,9 +258,12 @@ def test_nothing_is_scored_on_policy_when_the_sampler_has_pooled(policy):
     assert scored.rollouts == rollouts
 
 
+@pytest.mark.parametrize("pooling", ["mean", "penultimate_mean"])
 @pytest.mark.parametrize("mini_batches", [1, 2], ids=["on-policy", "off-policy"])
-def test_one_pass_gives_old_log_probs_and_missing_embeddings(policy, mini_batches):
+def test_one_pass_gives_old_log_probs_and_missing_embeddings(policy, mini_batches, pooling):
     rollouts = pooled_rollouts(policy, embedding=None)
+    requests = [replace(request, pooling=pooling) for request in rollouts.requests]
+    rollouts = replace(rollouts, requests=requests)
     passes = forward_passes(policy)
     scored = score_rollouts(policy, None, rollouts, TrainConfig(mini_batches=mini_batches))
     assert len(passes) == 1
@@ -270,6 +273,7 @@ def test_one_pass_gives_old_log_probs_and_missing_embeddings(policy, mini_batche
     pairs = zip(rollouts.requests, scored.rollouts.completions, strict=True)
     for request, completion in pairs:
         ids = torch.tensor([request.prompt_ids + completion.ids])
-        hidden = policy.model.model(input_ids=ids, use_cache=False).last_hidden_state[0, 1:]
+        states = policy.model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        hidden = states.hidden_states[-1 if pooling == "mean" else -2][0, 1:]
         assert completion.embedding is not None
         torch.testing.assert_close(completion.embedding, hidden.mean(0).detach())

@@ -1,6 +1,7 @@
 """The contrastive loss against its formula, and the loop: memory, resume, dropout, refusals."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tercet.engine.grace.evaluate import retrieval_metrics
 from tercet.engine.grace.fit import FitConfig
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
+from tercet.engine.records import Pooling
 
 SYSTEM = "Read the text."
 WORDS = ["river", "boat", "sea", "garden", "roses", "sun", "bread", "kitchen", "red", "warm"]
@@ -95,7 +97,8 @@ def test_gradient_of_the_loss_against_finite_differences():
         )
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_policy):
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_policy, pooling):
     objective = Contrastive(tiny_policy, PAIRS, config())
     prompts = [objective.prompt(e.document) for e in PAIRS[:6]]
     weight = torch.randn(6, 32)
@@ -106,9 +109,11 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_policy):
             tiny_policy,
             prompts,
             lambda v: (F.normalize(v, dim=-1) * weight).sum().square(),
+            pooling=pooling,
             max_tokens_per_batch=limit,
         )
-        grads = [p.grad.flatten() for p in tiny_policy.model.model.parameters()]
+        parameters = tiny_policy.model.model.parameters()  # the penultimate layer is not the last
+        grads = [p.grad.flatten() for p in parameters if p.grad is not None]
         return loss, vectors, torch.cat(grads)
 
     for whole, parts in zip(gradient(10_000), gradient(60), strict=True):
@@ -158,11 +163,14 @@ def test_info_nce_learns_to_retrieve(tiny_policy, tmp_path):
     assert metrics["cosine/positive"] > metrics["cosine/others"] + 0.3
 
 
-@pytest.mark.parametrize("method", ["info_nce", "simcse"])
-def test_a_resumed_run_ends_with_the_same_weights(method, tiny_policy, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "pooling"),
+    [("info_nce", "mean"), ("simcse", "mean"), ("simcse", "penultimate_mean")],
+)
+def test_a_resumed_run_ends_with_the_same_weights(method, pooling, tiny_policy, tmp_path):
     first = weights(tiny_policy).clone()
     tiny_policy.save(tmp_path / "start")
-    settings = config(method=method, attention_dropout=0.2)
+    settings = config(method=method, pooling=pooling, attention_dropout=0.2)
 
     def final(folder, *, stop_after=None):
         policy = Policy.from_pretrained(tmp_path / "start", device="cpu")
@@ -173,9 +181,8 @@ def test_a_resumed_run_ends_with_the_same_weights(method, tiny_policy, tmp_path)
                 raise KeyboardInterrupt(next(objective_calls))
             return {"step": float(step)}
 
-        evaluating = config(
-            method=method, attention_dropout=0.2, fit={"eval_steps": 1, "save_steps": 2}
-        )
+        fit = {"eval_steps": 1, "save_steps": 2}
+        evaluating = config(method=method, pooling=pooling, attention_dropout=0.2, fit=fit)
         with run_log(tmp_path / folder, evaluating, resume=stop_after is None) as log:
             train_contrastive(policy, PAIRS, evaluating, log, evaluate=stop)
         return weights(policy)
@@ -185,6 +192,7 @@ def test_a_resumed_run_ends_with_the_same_weights(method, tiny_policy, tmp_path)
         final("cut", stop_after=5)
     assert torch.equal(final("cut"), whole)
     assert not torch.equal(whole, first)
+    assert GraceEncoder.from_pretrained(tmp_path / "cut" / "checkpoint-6").pooling == pooling
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == settings.fit.max_steps + 1  # step 0 is the evaluation before training
 
@@ -233,6 +241,8 @@ def test_bad_settings_are_named(tiny_policy):
         Contrastive(tiny_policy, [*PAIRS, Example(document="x")], config())
     with pytest.raises(ValueError, match="method must be one of"):
         config(method="clip")
+    with pytest.raises(ValueError, match=r"pooling must be one of \('mean', .* got 'cls'"):
+        config(pooling="cls")
     with pytest.raises(ValueError, match="temperature must be finite"):
         config(temperature=0.0)
     with pytest.raises(ValueError, match="FitConfig: max_steps must be >= 1, got 0"):

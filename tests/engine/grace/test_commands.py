@@ -45,6 +45,10 @@ def test_encode_writes_vectors_and_rationales(checkpoint, tmp_path, capsys):
     assert [row["rationale"] for row in rows] == expected.rationales
     assert f"2 texts in {out}; {expected.num_truncated} rationales" in capsys.readouterr().out
     assert list(tmp_path.glob(".out-*")) == []
+    other = [*argv[:-1], str(tmp_path / "max"), "--max-completion-length", "4", "--pooling", "max"]
+    assert main(other) == 0
+    pooled = load_file(tmp_path / "max" / "vectors.safetensors")["vectors"]
+    assert not pooled.allclose(vectors, atol=1e-2)
     assert main(argv) == 1
     assert "output_dir must be new" in capsys.readouterr().err
 

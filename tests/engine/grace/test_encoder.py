@@ -1,6 +1,7 @@
 """Texts to vectors: what is pooled, what repeats, what is counted, what is refused."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from tercet.engine.grace.encoder import GraceEncoder, sample_variance
 from tercet.engine.model import Policy, score
-from tercet.engine.records import Completion, Request, pack
+from tercet.engine.records import Completion, Pooling, Request, pack
 from tercet.engine.sampler import Sampler
 
 TEXTS = ["the red boat", "a gardener waters the roses before the sun rises", "bread"]
@@ -47,7 +48,7 @@ def test_vector_is_the_mean_state_of_text_header_and_rationale(encoder, recorder
         [c.ids for c in recorder.completions],
         pool_from=[p.pool_from for p in prompts],
     )
-    expected = score(encoder.policy, packed, embed=True).embedding
+    expected = score(encoder.policy, packed, embed="mean").embedding
     torch.testing.assert_close(found.vectors, expected, rtol=1e-4, atol=1e-5)
     assert found.rationales == [
         encoder.tokenizer.decode(c.ids, skip_special_tokens=True).strip()
@@ -69,6 +70,33 @@ def test_without_generation_only_the_prompt_is_pooled(encoder):
     )
     parts = small.encode(TEXTS, generate=False, normalize=False)
     torch.testing.assert_close(parts.vectors, found.vectors, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_every_pooling_equals_encoding_from_scratch(tiny_policy, pooling, generate):
+    encoder = GraceEncoder(
+        tiny_policy, max_prompt_length=64, system_prompt=SYSTEM, pooling=pooling, max_batch_size=2
+    )
+    tiny_policy.model.generation_config.eos_token_id = list(range(3, 60))
+    encoder.sampler = recorder = Recorder(encoder.sampler)
+    texts = [*TEXTS, ""]
+    found = encoder.encode(texts, generate=generate, max_completion_length=5, normalize=False)
+    answers = [c.ids for c in recorder.completions] if generate else [[]] * len(texts)
+    for text, answer, vector in zip(texts, answers, found.vectors, strict=True):
+        prompt = encoder.prompt(text)
+        ids = torch.tensor([prompt.ids + answer])
+        output = tiny_policy.model.base_model(ids, use_cache=False, output_hidden_states=True)
+        last, before = (output.hidden_states[layer][0, prompt.pool_from :] for layer in (-1, -2))
+        expected = {
+            "mean": last.mean(0),
+            "penultimate_mean": before.mean(0),
+            "max": last.amax(0),
+            "last_token": last[-1],
+        }
+        torch.testing.assert_close(vector, expected[pooling], rtol=1e-4, atol=1e-4)
+    if generate:
+        assert {c.finished for c in recorder.completions} == {True, False}
 
 
 @pytest.mark.parametrize("generate", [True, False])
@@ -177,6 +205,8 @@ def test_bad_input_is_named(encoder, make_tiny_model):
         encoder.encode(["bread"], num_samples=2)
     with pytest.raises(ValueError, match="must have a tokenizer"):
         GraceEncoder(Policy(make_tiny_model()))
+    with pytest.raises(ValueError, match=r"GraceEncoder: pooling must be one of \['mean', .*'cls'"):
+        GraceEncoder(encoder.policy, pooling="cls")  # type: ignore[arg-type]
 
 
 def test_nan_in_hidden_states_is_refused(encoder):
@@ -199,14 +229,18 @@ def test_a_saved_encoder_gives_the_same_vectors(encoder, tmp_path):
 
 
 @pytest.mark.parametrize("settings", ["data:\n  system_prompt: Hm.\n", "system_prompt: Hm.\n"])
-def test_a_checkpoint_is_read_with_the_prompt_of_its_run(encoder, tmp_path, settings):
+def test_a_checkpoint_is_read_with_prompt_and_pooling_of_its_run(encoder, tmp_path, settings):
     encoder.policy.save(tmp_path / "checkpoint-3")
-    (tmp_path / "config.yaml").write_text(settings)
+    (tmp_path / "config.yaml").write_text(settings + "pooling: max\n")
     loaded = GraceEncoder.from_pretrained(tmp_path / "checkpoint-3")
-    assert loaded.prompt.system_prompt == "Hm."
+    assert (loaded.prompt.system_prompt, loaded.pooling) == ("Hm.", "max")
     assert loaded.prompt.max_prompt_length == 1024
-    given = GraceEncoder.from_pretrained(tmp_path / "checkpoint-3", system_prompt="Oh.")
-    assert given.prompt.system_prompt == "Oh."
+    given = GraceEncoder.from_pretrained(
+        tmp_path / "checkpoint-3", system_prompt="Oh.", pooling="last_token"
+    )
+    assert (given.prompt.system_prompt, given.pooling) == ("Oh.", "last_token")
+    (tmp_path / "config.yaml").write_text(settings)
+    assert GraceEncoder.from_pretrained(tmp_path / "checkpoint-3").pooling == "mean"
 
 
 def test_training_flags_survive(encoder):

@@ -62,6 +62,13 @@ def test_a_step_asks_for_every_text_of_its_groups(make_system):
         )
 
 
+def test_every_text_of_a_step_and_of_an_evaluation_is_pooled_alike(make_system):
+    system = make_system(pooling="last_token", test=PAIRS)
+    assert {request.pooling for request in system.requests(1)} == {"last_token"}
+    found = system.evaluate(1)
+    assert found != make_system(test=PAIRS).evaluate(1)
+
+
 def test_an_unsupervised_anchor_is_the_document_again(make_system):
     requests = make_system(TEXTS).requests(1)
     assert [r.role for r in requests] == ["rollout", "rollout", "query"] * 2
