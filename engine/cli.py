@@ -40,10 +40,14 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    """The list of commands."""
+def usage(group: str = "") -> str:
+    """The list of commands, or of those whose first word is `group`."""
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  tercet {name:<{width}}{c.summary}" for name, c in COMMANDS.items()]
+    lines = [
+        f"  tercet {name:<{width}}{command.summary}"
+        for name, command in COMMANDS.items()
+        if not group or name.startswith(f"{group} ")
+    ]
     return "\n".join(
         ["usage: tercet COMMAND [--config FILE.yaml] [--key.subkey VALUE ...]", "", *lines, "",
          "tercet COMMAND --help lists the settings of a command."]
@@ -73,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     found = find_command(argv)
     if found is None:
+        asked = argv[1:] in (["-h"], ["--help"])
+        if (asked or not argv[1:]) and any(name.startswith(f"{argv[0]} ") for name in COMMANDS):
+            sys.stdout.write(usage(argv[0]) + "\n")
+            return 0 if asked else 2
         words = argv[:2]
         near = difflib.get_close_matches(" ".join(words), COMMANDS, n=1, cutoff=0.0)[0]
         sys.stderr.write(

@@ -15,7 +15,7 @@ from tercet.engine.demo.results import DemoResults
 from tercet.engine.demo.show import COLUMNS, LABELS
 from tercet.engine.files import read_jsonl, replace_text
 
-SEEDS = (0, 1, 2)
+SEEDS = (10, 11, 12)  # no setting was chosen on them
 RESULTS = Path("bench/results/demo_grace.jsonl")
 _KEY = ("op", "case", "side", "machine")  # a newer line with the same key replaces the older one
 

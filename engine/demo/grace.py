@@ -285,7 +285,7 @@ def _claim(folder: Path, config: GraceDemoConfig) -> None:
 def main(argv: Sequence[str], prog: str) -> int:
     """`tercet demo grace [--evidence] [--config FILE.yaml] [--key.subkey VALUE ...]`.
 
-    --evidence runs seeds 0, 1 and 2 and keeps the table; see `run_evidence`.
+    --evidence runs seeds 10, 11 and 12 and keeps the table; see `run_evidence`.
     """
     rest = [word for word in argv if word != "--evidence"]
     config = load_config(GraceDemoConfig, rest, prog=prog)

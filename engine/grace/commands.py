@@ -71,7 +71,8 @@ def encode(argv: Sequence[str], prog: str) -> int:
     partial.rename(folder)
     sys.stdout.write(
         f"{len(texts)} texts in {folder}; {encoded.num_truncated} rationales cut off, "
-        f"{encoded.num_prompts_truncated} texts cut to fit the prompt\n"
+        f"{encoded.num_prompts_truncated} texts cut to fit the prompt, "
+        f"{rows.blank_lines} blank lines skipped\n"
     )
     return 0
 

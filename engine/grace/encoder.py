@@ -312,8 +312,9 @@ def _trained_with(checkpoint: Path) -> dict[str, Any]:
 
 
 def _check_texts(texts: Sequence[str]) -> None:
-    if isinstance(texts, str):
-        raise TypeError("encode: texts must be a list of strings, got one string; put it in a list")
+    if not isinstance(texts, Sequence) or isinstance(texts, str):
+        kind = "one string" if isinstance(texts, str) else type(texts).__name__
+        raise TypeError(f"encode: texts must be a list of strings, got {kind}; put it in a list")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"encode: texts[{i}] must be a string, got {type(text).__name__}")

@@ -60,3 +60,11 @@ def test_doctor_says_what_each_op_runs():
     assert done.returncode == 0, done.stderr
     for word in ("torch", "triton", "segment_mean", "attention"):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize(("args", "status"), [(["grace"], 2), (["grace", "--help"], 0)])
+def test_a_group_lists_its_commands(args, status, capsys):
+    assert main(args) == status
+    shown = capsys.readouterr().out
+    assert "tercet grace train" in shown
+    assert "tercet report" not in shown

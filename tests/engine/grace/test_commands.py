@@ -43,7 +43,9 @@ def test_encode_writes_vectors_and_rationales(checkpoint, tmp_path, capsys):
     assert vectors.allclose(expected.vectors, atol=1e-5)
     rows = [json.loads(line) for line in (out / "rationales.jsonl").read_text().splitlines()]
     assert [row["rationale"] for row in rows] == expected.rationales
-    assert f"2 texts in {out}; {expected.num_truncated} rationales" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"2 texts in {out}; {expected.num_truncated} rationales" in said
+    assert "0 blank lines skipped" in said
     assert list(tmp_path.glob(".out-*")) == []
     other = [*argv[:-1], str(tmp_path / "max"), "--max-completion-length", "4", "--pooling", "max"]
     assert main(other) == 0

@@ -197,6 +197,8 @@ def test_an_empty_text_is_its_header_and_rationale(encoder):
 
 
 def test_bad_input_is_named(encoder, make_tiny_model):
+    with pytest.raises(TypeError, match="got generator; put it in a list"):
+        encoder.encode(text for text in ["a"])
     with pytest.raises(TypeError, match="got one string"):
         encoder.encode("bread")
     with pytest.raises(TypeError, match=r"texts\[1\] must be a string, got NoneType"):
