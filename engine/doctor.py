@@ -61,7 +61,13 @@ def implementations() -> dict[str, str]:
     import torch
 
     kernel = "Triton on CUDA" if torch.cuda.is_available() else "PyTorch on CPU"
-    return {**dict.fromkeys(OPS, kernel), "attention": attention_choice()}
+    found = {**dict.fromkeys(OPS, kernel), "attention": attention_choice()}
+    if not torch.cuda.is_available():
+        from tercet.kernels._row_softmax_cpu import INSTRUCTION_SETS
+
+        best = INSTRUCTION_SETS[-1]
+        found["token_logp"] = f"compiled rows on CPU ({best}); PyTorch in float64"
+    return found
 
 
 def main(argv: list[str], prog: str) -> int:

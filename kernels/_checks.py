@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch"]
+RowImpl = Literal["triton", "cpp", "torch"]
 
 
 Kind = Literal["float", "index", "bool"]
@@ -78,3 +79,19 @@ def use_triton(op: str, impl: Impl, x: Tensor) -> bool:
             "set TRITON_INTERPRET=1 before Python starts, or use impl='auto'"
         )
     return impl == "triton"
+
+
+def choose_rows(op: str, impl: Impl, x: Tensor) -> RowImpl:
+    """What computes the rows of a softmax; "auto" on a CPU: the compiled rows, but for float64.
+
+    Raises:
+        ValueError: unknown impl.
+        RuntimeError: impl="triton" where neither CUDA nor the interpreter is available.
+        TypeError: impl="triton" in float64.
+    """
+    if use_triton(op, impl, x):
+        if x.dtype == torch.float64:
+            raise TypeError(f"{op}: impl='triton' computes in float32, got float64")
+        return "triton"
+    compiled = impl == "auto" and x.device.type == "cpu" and x.dtype != torch.float64
+    return "cpp" if compiled else "torch"

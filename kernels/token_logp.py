@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tercet.kernels import _row_softmax as rs
+from tercet.kernels import _row_softmax_cpu as compiled
 from tercet.kernels import _row_softmax_triton as fused
-from tercet.kernels._checks import Impl, check_float, use_triton
+from tercet.kernels._checks import Impl, check_float, choose_rows
 from tercet.kernels._memory import empty_huge
 from tercet.kernels._typing import Float, Int
 from tercet.kernels.reference import TokenLogp, accumulator_dtype
@@ -24,22 +25,23 @@ CPU_TILE_BYTES = 2**21  # of a chunk of rows: stays in the cores' own caches
 
 @torch.library.custom_op("tercet::token_logp", mutates_args=())
 def _token_logp(
-    logits: Tensor, targets: Tensor, temperature: Tensor, return_entropy: bool, triton: bool
+    logits: Tensor, targets: Tensor, temperature: Tensor, return_entropy: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = fused.rows_of("token_logp", "logits", logits)
     query = rs.flatten_query("token_logp", logits.shape, targets, temperature, logits)
     state = rs.empty_state(query)
-    if triton:
-        fused.forward(logits, rows, *query, state, first_column=0, entropy=return_entropy)
-    else:
+    if impl == "torch":
         _forward_torch(state, logits, rows, query, return_entropy)
+    else:
+        kernels = fused if impl == "triton" else compiled
+        kernels.forward(logits, rows, *query, state, first_column=0, entropy=return_entropy)
     result = rs.finish(state, query)
     entropy = result.entropy.view(logits.shape[:-1]) if return_entropy else _nothing(result.stats)
     return result.logp.view(targets.shape), entropy, result.stats
 
 
 @_token_logp.register_fake
-def _(logits, targets, temperature, return_entropy, triton):
+def _(logits, targets, temperature, return_entropy, impl):
     dtype = accumulator_dtype(logits)
     rows = logits.shape[:-1]
     return (
@@ -59,29 +61,30 @@ def _token_logp_backward(
     logp: Tensor,
     entropy: Tensor,
     stats: Tensor,
-    triton: bool,
+    impl: str,
 ) -> Tensor:
     rows = fused.rows_of("token_logp", "logits", logits)
     query = rs.flatten_query("token_logp", logits.shape, targets, temperature, logits)
     grads = flat_grads(g, g_entropy, logp, entropy, stats, query)
     dlogits = empty_huge(logits.shape, dtype=logits.dtype, device=logits.device)
-    if triton:
-        fused.backward(
+    if impl == "torch":
+        _backward_torch(dlogits, logits, rows, query, grads, g_entropy is not None)
+    else:
+        kernels = fused if impl == "triton" else compiled
+        kernels.backward(
             dlogits, logits, rows, query.targets, (grads.coef, grads.target),
             first_column=0, entropy=g_entropy is not None,
         )  # fmt: skip
-    else:
-        _backward_torch(dlogits, logits, rows, query, grads, g_entropy is not None)
     return dlogits
 
 
 @_token_logp_backward.register_fake
-def _(g, g_entropy, logits, targets, temperature, logp, entropy, stats, triton):
+def _(g, g_entropy, logits, targets, temperature, logp, entropy, stats, impl):
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, temperature, ctx.return_entropy, ctx.triton = inputs
+    logits, targets, temperature, ctx.return_entropy, ctx.impl = inputs
     ctx.save_for_backward(logits, targets, temperature, *output)
     ctx.set_materialize_grads(False)
 
@@ -90,7 +93,7 @@ def _backward(ctx, g, g_entropy, _):
     g_entropy = g_entropy if ctx.return_entropy else None
     if g is None and g_entropy is None:
         return (None,) * 5
-    return _token_logp_backward(g, g_entropy, *ctx.saved_tensors, ctx.triton), *(None,) * 4
+    return _token_logp_backward(g, g_entropy, *ctx.saved_tensors, ctx.impl), *(None,) * 4
 
 
 _token_logp.register_autograd(_backward, setup_context=_setup_context)
@@ -206,8 +209,6 @@ def token_logp(
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"token_logp: logits must be [*, vocab >= 1], got {tuple(logits.shape)}")
     temperatures = rs.check_query("token_logp", targets, temperature, logits)
-    triton = use_triton("token_logp", impl, logits)
-    if triton and logits.dtype == torch.float64:
-        raise TypeError("token_logp: impl='triton' computes in float32, got float64 logits")
-    logp, entropy, _ = _token_logp(logits, targets, temperatures, return_entropy, triton)
+    rows_impl = choose_rows("token_logp", impl, logits)
+    logp, entropy, _ = _token_logp(logits, targets, temperatures, return_entropy, rows_impl)
     return TokenLogp(logp, entropy if return_entropy else None)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SYSTEMS = {"grace", "think_rm", "grounded_prm"}
-KERNELS_MAY = {"tercet.kernels", "torch", "triton", "numpy", "jaxtyping"}
+KERNELS_MAY = {"tercet.kernels", "tercet._rows", "torch", "triton", "numpy", "jaxtyping"}
 
 
 def imports(path: Path) -> set[str]:

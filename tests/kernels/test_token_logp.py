@@ -1,4 +1,4 @@
-"""token_logp: Triton (interpreted without a GPU) and PyTorch, against float64."""
+"""token_logp: Triton (interpreted without a GPU), PyTorch and compiled rows, against float64."""
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
 
@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from tercet.kernels import _row_softmax_cpu as compiled
 from tercet.kernels import _row_softmax_triton as kernels
 from tercet.kernels import token_logp
+from tercet.kernels._checks import choose_rows
 from tercet.kernels.reference import token_logp_ref
 
 pytestmark = [
-    pytest.mark.parametrize("impl", ["triton", "torch"]),
+    pytest.mark.parametrize("impl", ["triton", "torch", "auto"]),  # auto: compiled on a CPU
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),  # of Triton's interpreter
 ]
 BLOCK = kernels.BLOCK_V
@@ -38,7 +40,7 @@ def judge_both(judge, impl, logits, targets, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(impl, shape, dtype, device, judge):
-    impl = "torch" if dtype == torch.float64 else impl
+    impl = "torch" if dtype == torch.float64 and impl == "triton" else impl
     logits = torch.randn(shape, device=device).mul_(4).to(dtype)
     targets = torch.randint(shape[-1], shape[:-1], device=device)
     judge_both(judge, impl, logits, targets)
@@ -208,9 +210,10 @@ def test_unvisited_target_is_nan(impl, device):
     query = rs.Query(torch.tensor([[9], [2]], device=device), torch.ones(2, device=device))
     x = torch.randn(2, 5, device=device)
     state = rs.empty_state(query)
-    if impl == "triton":
+    module = {"triton": kernels, "cpp": compiled}.get(choose_rows("test", impl, x))
+    if module is not None:
         rows = kernels.rows_of("test", "x", x)
-        kernels.forward(x, rows, *query, state, first_column=0, entropy=False)
+        module.forward(x, rows, *query, state, first_column=0, entropy=False)
     else:
         rs.add_tile(state, x, query, first_column=0, work=torch.empty_like(x), scratch=None)
         rs.close(state, query)
@@ -307,7 +310,7 @@ def test_same_bits_on_every_run_and_in_every_batch(impl, device, fwd_bwd):
         return fwd_bwd(lambda x: fn(x).logp, [logits[rows]], dy[rows])
 
     runs = [run(slice(None)), run(slice(None)), run(slice(4, 5))]
-    rtol = 0.0 if impl == "triton" else 1e-5  # PyTorch treats the last lanes of a tensor otherwise
+    rtol = 1e-5 if impl == "torch" else 0.0  # PyTorch treats the last lanes of a tensor otherwise
     for first, again, alone in zip(*runs, strict=True):
         assert torch.equal(first, again)
         torch.testing.assert_close(first[4:5], alone, rtol=rtol, atol=0.0)
@@ -353,7 +356,7 @@ def test_registration(impl, entropy, device):
     logits = torch.randn(2, 3, 11, device=device, requires_grad=True)
     targets = torch.randint(11, (2, 3), device=device)
     temperature = torch.rand(2, 3, device=device) + 0.5
-    inputs = (logits, targets, temperature, entropy, impl == "triton")
+    inputs = (logits, targets, temperature, entropy, choose_rows("test", impl, logits))
     torch.library.opcheck(torch.ops.tercet.token_logp.default, inputs)
     saved = [x.detach() for x in torch.ops.tercet.token_logp(*inputs)]
     upstream = (torch.randn(2, 3, device=device), torch.randn(2, 3, device=device))
@@ -491,7 +494,7 @@ def test_rejects_layouts_that_would_need_a_copy(impl, device):
 def test_float64_has_no_triton_kernel(impl, device):
     logits = torch.zeros(2, 3, dtype=torch.float64, device=device)
     targets = torch.zeros(2, dtype=torch.long, device=device)
-    if impl == "torch":
+    if impl != "triton":
         assert token_logp(logits, targets, impl=impl).logp.dtype == torch.float64
         return
     with pytest.raises(TypeError, match="computes in float32, got float64"):
