@@ -9,7 +9,9 @@ from tercet.kernels import _linear_tiles as lt
 from tercet.kernels import _policy_terms as pt
 from tercet.kernels import _policy_triton as fused
 from tercet.kernels import _row_softmax as rs
+from tercet.kernels import _row_softmax_cpu as compiled
 from tercet.kernels import _row_softmax_triton as row_kernels
+from tercet.kernels._checks import RowImpl
 from tercet.kernels._memory import empty_huge
 
 MIN_DEAD = 1 / 32  # of a chunk: moving the other rows costs about what the dead ones would
@@ -29,7 +31,7 @@ class Options(NamedTuple):
     softcap: float | None
     needs: Needs
     memory_budget_mb: int
-    triton: bool
+    impl: RowImpl
 
 
 class Plan(NamedTuple):
@@ -41,22 +43,22 @@ class Plan(NamedTuple):
     forward_width: int
 
     @staticmethod
-    def of(live: int, other: int, weight: Tensor, itemsize: int, buffers: int, mb: int) -> "Plan":
-        """Equal chunks that fit, with `buffers` tiles, into mb MiB."""
+    def of(live: int, other: int, weight: Tensor, itemsize: int, tiles: int, mb: int) -> "Plan":
+        """Equal chunks that fit, with `tiles` tiles, into mb MiB."""
         vocab, hidden = weight.shape
         most_bytes, most_rows = lt.CPU_TILE_BYTES, lt.CPU_HEIGHT
         if weight.is_cuda:
             most_bytes, most_rows = lt.CUDA_TILE_BYTES, lt.CUDA_HEIGHT
-        tile_bytes = min(most_bytes, mb * lt.MEBI // (4 * buffers))
+        tile_bytes = min(most_bytes, mb * lt.MEBI // (4 * tiles))
         area = tile_bytes // itemsize
-        fit = (mb * lt.MEBI - buffers * tile_bytes) // (vocab * itemsize)
+        fit = (mb * lt.MEBI - tiles * tile_bytes) // (vocab * itemsize)
         height = _even(live, max(1, fit))
         forward_height = _even(other, min(most_rows, area))
         return Plan(
             height,
-            _columns(vocab, area // max(height, hidden)),  # [width, hidden] is a tile, too
+            _columns(vocab, area // max(height, hidden)),  # a part of the weight is a tile, too
             forward_height,
-            _columns(vocab, area // forward_height),
+            _columns(vocab, area // max(forward_height, hidden)),
         )
 
     def area(self) -> int:
@@ -160,9 +162,10 @@ class _Pass:
         self.head, self.query, self.tokens, self.options = head, query, tokens, options
         weight, wide, needs = head.weight, head.accumulator, options.needs
         self.bonus = options.kind.entropy_coef > 0
-        buffers = 2 if options.softcap is None else 3
+        buffers = 1 + (options.impl == "torch") + (options.softcap is not None)
+        tiles = buffers + (weight.dtype != head.hidden.dtype)  # one is a cast part of the weight
         others, budget = order.counted - order.live, options.memory_budget_mb
-        self.plan = Plan.of(order.live, others, weight, wide.itemsize, buffers, budget)
+        self.plan = Plan.of(order.live, others, weight, wide.itemsize, tiles, budget)
         self.buffers = [query.scale.new_empty(self.plan.area()) for _ in range(buffers)]
         kept = self.plan.height * len(weight) if order.live else 0
         self.kept = empty_huge([kept], dtype=wide, device=weight.device)
@@ -188,9 +191,8 @@ class _Pass:
         tokens, kind = self.tokens.rows(rows), self.options.kind
         result = self.forward(hidden, query, keep=gradient)
         logp = result.logp.squeeze(1)
-        slopes = (fused.slopes if self.options.triton else pt.slopes)(
-            logp, result.entropy, tokens, kind
-        )
+        slopes_of = fused.slopes if self.options.impl == "triton" else pt.slopes
+        slopes = slopes_of(logp, result.entropy, tokens, kind)
         pt.merge(self.stats, slopes.stats)
         if gradient:
             grads = rs.row_grads(result, query, slopes.logp[:, None], slopes.entropy)
@@ -216,15 +218,22 @@ class _Pass:
             if self.options.softcap is not None:
                 cap = self.options.softcap
                 x.mul_(self.options.logit_scale / cap).tanh_().mul_(cap)
-            if self.options.triton:
-                at = row_kernels.rows_of("policy_head", "tile", x)
-                row_kernels.forward(x, at, *query, state, first_column=columns.start, entropy=True)
-            else:
-                scratch = self.buffer(1, height, columns)
-                rs.add_tile(state, x, query, first_column=columns.start, work=work, scratch=scratch)
-        if not self.options.triton:
+            self.add_tile(state, x, query, columns, work)
+        if self.options.impl == "torch":
             rs.close(state, query)
         return rs.finish(state, query)
+
+    def add_tile(
+        self, state: rs.RowState, x: Tensor, query: rs.Query, columns: slice, work: Tensor
+    ) -> None:
+        first = columns.start
+        if self.options.impl == "torch":
+            scratch = self.buffer(1, len(x), columns)
+            rs.add_tile(state, x, query, first_column=first, work=work, scratch=scratch)
+            return
+        kernels = row_kernels if self.options.impl == "triton" else compiled
+        at = row_kernels.rows_of("policy_head", "tile", x)
+        kernels.forward(x, at, *query, state, first_column=first, entropy=True)
 
     def live(self, grads: rs.RowGrads) -> Tensor | None:
         """Rows to keep for the products, None for all; a CUDA device is waited for."""
@@ -233,7 +242,7 @@ class _Pass:
             return None
         live = grads.live.nonzero().squeeze(1)
         dead = rows - len(live)
-        few = not self.options.triton and dead < MIN_DEAD * rows
+        few = self.options.impl != "triton" and dead < MIN_DEAD * rows
         return None if dead == 0 or few else live
 
     def backward(
@@ -276,9 +285,9 @@ class _Pass:
         first, cap = columns.start, self.options.softcap
         x = self.kept_tile(height, columns)
         out = self.buffer(0, len(query.scale), columns)
-        if self.options.triton:
-            if out.dtype != self.head.hidden.dtype:
-                out = torch.empty_like(out, dtype=self.head.hidden.dtype)
+        if self.options.impl == "triton":
+            half = self.buffers[0].view(self.head.hidden.dtype)
+            out = half[: out.numel()].view(out.shape)
             fused.row_gradient(
                 out, x, live, query, grads, first_column=first, entropy=self.bonus,
                 logit_scale=self.options.logit_scale, softcap=cap,
@@ -289,10 +298,16 @@ class _Pass:
         factor = None
         if cap is not None:
             scale = self.options.logit_scale
-            factor = torch.mul(x, x, out=self.buffer(2, len(out), columns))
+            factor = torch.mul(x, x, out=self.buffer(-1, len(out), columns))
             factor.mul_(-scale / cap**2).add_(scale)
-        scratch = self.buffer(1, len(out), columns) if self.bonus else None
-        rs.grad_tile(out, x, query, grads, first_column=first, scratch=scratch)
+        if self.options.impl == "cpp":
+            at, parts = row_kernels.rows_of("policy_head", "tile", x), (grads.coef, grads.target)
+            compiled.backward(
+                out, x, at, query.targets, parts, first_column=first, entropy=self.bonus
+            )
+        else:
+            scratch = self.buffer(1, len(out), columns) if self.bonus else None
+            rs.grad_tile(out, x, query, grads, first_column=first, scratch=scratch)
         if factor is not None:
             out.mul_(factor)
         return out.to(self.head.hidden.dtype)

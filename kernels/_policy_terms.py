@@ -15,6 +15,7 @@ from tercet.kernels.reference import MAX_LOG_RATIO, PolicyMetrics
 
 NUM_SUMS = 12  # loss, low, high, dual, k1, k2, k3, ratio, entropy, sampler ratio, tokens, live
 NUM_STATS = NUM_SUMS + 2  # and two maxima: ratio, sampler ratio
+CAST_ELEMENTS = 2**16  # a product of two dtypes has a temporary on a CPU
 
 
 class Kind(NamedTuple):
@@ -198,7 +199,13 @@ def metrics_of(stats: Tensor) -> PolicyMetrics:
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Upstream scalar * gradient, in dtype; no second derivative is registered, so it raises."""
     out = empty_huge(gradient.shape, dtype=dtype, device=gradient.device)
-    return torch.mul(gradient, upstream.reshape(1), out=out)
+    factor = upstream.reshape(1)  # of one axis: then the product is as wide as the wider
+    casts = gradient.dtype != factor.dtype and gradient.device.type == "cpu"
+    step = CAST_ELEMENTS if casts else max(1, gradient.numel())
+    pairs = zip(gradient.view(-1).split(step), out.view(-1).split(step), strict=True)
+    for part, result in pairs:
+        torch.mul(part, factor, out=result)
+    return out
 
 
 @scaled.register_fake

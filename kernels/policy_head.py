@@ -14,20 +14,23 @@ in tiles: for the sums of the rows, then for the gradient, which exists one tile
 Related: arXiv:2410.10989 (gradient of the cross-entropy in the forward).
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from tercet.kernels import _policy_pass as run
 from tercet.kernels import _policy_terms as pt
 from tercet.kernels import _row_softmax as rs
-from tercet.kernels._checks import Impl, check_number, use_triton
+from tercet.kernels._checks import Impl, RowImpl, check_number, choose_rows
 from tercet.kernels._policy_checks import check_tokens, token_weights
 from tercet.kernels._policy_config import PolicyLossConfig
 from tercet.kernels._typing import Bool, Float, Int
-from tercet.kernels.linear_logp import CUDA_BUDGET_MB, check_budget, check_head
+from tercet.kernels.linear_logp import check_budget, check_head
 from tercet.kernels.reference import DEFAULT_POLICY_LOSS, PolicyLoss, accumulator_dtype
 
 CPU_BUDGET_MB = 80
+CUDA_BUDGET_MB = 4096  # of a weight [152k, 4096]: chunks of 6000 rows, as cuBLAS likes them
 
 
 @torch.library.custom_op("tercet::policy_head", mutates_args=())
@@ -50,12 +53,12 @@ def _policy_head(
     softcap: float | None,
     needs: list[bool],
     memory_budget_mb: int,
-    triton: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = old_logp, advantage, ref_logp, sampler_logp
     options = run.Options(
         pt.Kind.parse(loss_type, kl_estimator, numbers),
-        logit_scale, softcap, run.Needs(*needs), memory_budget_mb, triton,
+        logit_scale, softcap, run.Needs(*needs), memory_budget_mb, cast(RowImpl, impl),
     )  # fmt: skip
     tokens = pt.Tokens.flat(accumulator_dtype(hidden), counted, weights, *given)
     return run.policy_pass(hidden, weight, bias, targets, temperature, tokens, options)
@@ -65,7 +68,7 @@ def _policy_head(
 def _(
     hidden, weight, bias, targets, temperature, old_logp, advantage, ref_logp, sampler_logp,
     weights, counted, loss_type, kl_estimator, numbers, logit_scale, softcap, needs,
-    memory_budget_mb, triton,
+    memory_budget_mb, impl,
 ):  # fmt: skip
     wide = accumulator_dtype(hidden)
     like = (hidden, weight, weight if bias is None else bias)
@@ -146,7 +149,7 @@ def policy_head(
         logit_scale: > 0, factor on the logits before the cap, as in Cohere.
         memory_budget_mb: MiB of workspace beside the gradients (that of a half-precision weight
             is summed in float32): the logits of a chunk, and tiles.  One row of logits is the
-            least.  None means 80 on a CPU and 2048 on CUDA.
+            least.  None means 80 on a CPU and 4096 on CUDA.
 
     Raises:
         TypeError: type or dtype of an argument, a DTensor, or a module instead of its weight.
@@ -173,9 +176,7 @@ def policy_head(
     if memory_budget_mb is None:
         memory_budget_mb = CUDA_BUDGET_MB if hidden.is_cuda else CPU_BUDGET_MB
     check_budget(op, memory_budget_mb)
-    triton = use_triton(op, impl, hidden)
-    if triton and hidden.dtype == torch.float64:
-        raise TypeError(f"{op}: impl='triton' computes in float32, got float64 hidden")
+    rows_impl = choose_rows(op, impl, hidden)
 
     counted = targets != ignore_index
     counted = counted if mask is None else counted & mask
@@ -194,7 +195,7 @@ def policy_head(
     loss, stats, *_ = _policy_head(
         hidden, weight, bias, targets.masked_fill(~counted, 0), temperatures, *parts, per_token,
         counted, *kind[:2], list(kind[2:]), float(logit_scale), softcap, needs, memory_budget_mb,
-        triton,
+        rows_impl,
     )  # fmt: skip
     return PolicyLoss(loss, pt.metrics_of(stats.detach()))
 

@@ -358,6 +358,9 @@ def test_registration(impl, device):
 def test_second_derivative_is_refused(impl, device):
     logp, given = tokens(4, device=device)
     loss = call(logp.requires_grad_(), impl=impl, **given).loss
+    (slope,) = torch.autograd.grad(loss, logp, create_graph=True)
+    assert not slope.requires_grad
+    loss = call(logp, impl=impl, **given).loss
     (slope,) = torch.autograd.grad(loss.square(), logp, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.autograd.grad(slope.sum(), logp)

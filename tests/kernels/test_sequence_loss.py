@@ -120,6 +120,7 @@ def test_gspo_ignores_what_does_not_count(impl, device):
 
 def test_dpo_is_the_formula(impl, device):
     leaves, targets, _, ref, cu = problem(device)
+    ref[:8] -= 1.0  # so that the first and the third answer are chosen rightly
     loss, metrics = dpo_loss(*leaves[:2], targets, ref, cu, beta=0.3, bias=leaves[2], impl=impl)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     logp = linear_logp_ref(*exact[:2], targets.clamp(min=0), bias=exact[2]).logp
@@ -131,7 +132,8 @@ def test_dpo_is_the_formula(impl, device):
     grads = torch.autograd.grad(loss, leaves, upstream)
     for got, want in zip(grads, torch.autograd.grad(truth, exact, upstream), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
-    assert metrics.accuracy.item() == pytest.approx(sum(m.item() > 0 for m in margins) / 3)
+    assert [m.item() > 0 for m in margins] == [True, False, True]
+    assert metrics.accuracy.item() == pytest.approx(2 / 3)
     assert metrics.margin.item() == pytest.approx(sum(m.item() for m in margins) / 3, rel=1e-4)
     assert metrics.chosen_reward.item() == pytest.approx(
         sum(0.1 * gap.item() for gap in gaps[:3]), rel=1e-4
