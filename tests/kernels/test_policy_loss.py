@@ -438,6 +438,12 @@ def test_rejects_boundaries(impl, bounds):
         _call(impl, config={"loss_type": "grpo"}, cu_seqlens=torch.tensor(bounds))
 
 
+@pytest.mark.parametrize(("n", "bounds"), [((1, 3), [0, 3]), (3, [[0, 3]])], ids=str)
+def test_rejects_boundaries_of_padded_tokens(impl, n, bounds):
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \[sequences \+ 1\] over packed"):
+        _call(impl, n=n, config={"loss_type": "grpo"}, cu_seqlens=torch.tensor(bounds))
+
+
 def test_rejects_ids_out_of_range(impl):
     with pytest.raises(ValueError, match=r"sequence_ids must be in \[0, 3\), got 3"):
         _call(impl, config={"loss_type": "grpo"}, sequence_ids=torch.tensor([0, 3, 3]))
