@@ -1,4 +1,4 @@
-"""What every bench shares: cases, interleaved timing, extra memory, machine facts, JSON lines.
+"""What every bench shares: cases, errors against float64, interleaved timing, JSON lines, tables.
 
 A bench file lists its cases and ends with
 
@@ -6,48 +6,62 @@ A bench file lists its cases and ends with
     if __name__ == "__main__":
         harness.main(CASES)                      # python bench/<op>.py
 
-One round runs every side once, in turn, so that a busy machine slows all of them alike.  Results
-are medians; `slower` is the median of a side divided by the median of "ours".
+A case is judged before it is timed: wrong is not fast.  One round runs the sides in turn, so that
+a busy machine slows all of them alike; slow sides sit out some rounds.  Times are medians;
+`slower` is the median of a side divided by the median of "ours".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is not to write to the terminal
-
+import accuracy
+import machine
 import pytest
-import torch
+from machine import DEVICE, DTYPE, Side, environment, extra_bytes, time_once
+from peers import Peer, Roster, roster
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "numpy")
+__all__ = [
+    "DEVICE", "DTYPE", "RESULTS", "Case", "Peer", "Roster", "Side", "as_test", "emit",
+    "environment", "extra_bytes", "judge", "main", "roster", "run", "time_once",
+]  # fmt: skip
+
+RESULTS = machine.ROOT / "bench" / "results"
 KEY = ("op", "case", "side", "machine")  # a newer line with the same key replaces the older one
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-Side = Callable[[], object]
+SIDE_BUDGET_MS = 3000.0  # of one case; a side that needs more runs fewer rounds
+FEWEST_ROUNDS = 3
+NOBODY = Roster({}, {}, (), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Sides that do the same work; the one called "ours" is what the others are compared with."""
+    """Sides that do the same work; the one called "ours" is what the others are compared with.
+
+    Either `gate` raises when ours is wrong, or `truth` gives in float64 what the `probes` give,
+    and the error of ours may be at most `limit`.
+    """
 
     op: str
     name: str  # for the table, e.g. "B=32 T=512 H=1024 fp32 fwd+bwd"
     sides: Mapping[str, Side]
-    gate: Callable[[], None]  # raises when ours is wrong: wrong is not fast
+    gate: Callable[[], None] | None = None
+    truth: Side | None = None
+    probes: Mapping[str, Side] | None = None  # on a problem small enough for float64; None: sides
+    outputs: tuple[str, ...] = ()  # names of what a probe returns
+    limit: float | None = None
+    roster: Roster = NOBODY  # the peers among the sides, and those that cannot run
+    bounds: tuple[str, ...] = ()  # sides that do a part of the work: no peers
+    sizes: Mapping[str, int | str] = field(default_factory=dict)  # the first is the x of a plot
+    mode: str = "fwd"  # or "fwd+bwd"
     peers: tuple[str, ...] = ()  # packages whose versions belong to the result
     bytes_moved: int | None = None  # least traffic of one call; gives GB/s
     flops: int | None = None  # of one call; gives GFLOP/s
@@ -55,61 +69,42 @@ class Case:
     rounds: int = 15
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-
-def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=RESULTS.parent)
-    return done.stdout.strip()
-
-
-@cache
-def environment(peers: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Machine, versions and commit of this process."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    cpu = found[1] if found else platform.processor()
-    installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
-    machine = f"{cpu}, {os.cpu_count()} cores"
-    if DEVICE.type == "cuda":
-        machine = torch.cuda.get_device_name()
-    paths = (":(top)", ":(top,exclude)bench/results")
-    dirty = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *paths)
-    return {
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {p: metadata.version(p) for p in (*PACKAGES, *peers) if p in installed},
-        "commit": _output("git", "rev-parse", "--short", "HEAD") + ("+changes" if dirty else ""),
-    }
+    def __post_init__(self) -> None:
+        if self.gate is None and (self.truth is None or self.limit is None):
+            raise ValueError(f"Case: {self.op} needs a gate, or a truth and a limit")
 
 
-@cache
-def _l2_filler() -> torch.Tensor:
-    return torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
+class Judged(NamedTuple):
+    """What the first call of a probe showed."""
+
+    errors: dict[str, float]  # of each output against float64
+    first_s: float  # how long it took, compilation included
 
 
-def _time_once(side: Side) -> float:
-    """One call in ms.  On CUDA: cold L2, and the launches queue up behind a sleeping kernel."""
-    if DEVICE.type == "cuda":
-        _l2_filler().zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # cycles: about a millisecond
-        start.record()
-        side()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    started = time.perf_counter()
-    side()
-    return (time.perf_counter() - started) * 1e3
+def judge(case: Case) -> dict[str, Judged]:
+    """Calls every probe once and compares it with float64.
 
-
-@cache
-def copy_gb_per_s(num_bytes: int = 1 << 30) -> float:
-    """What a copy on the device reaches, reads and writes counted: the roof of a row kernel."""
-    source = torch.ones(num_bytes, dtype=torch.int8, device=DEVICE)
-    target = torch.empty_like(source)
-    times = [_time_once(lambda: target.copy_(source)) for _ in range(12)]
-    return 2 * source.nbytes / statistics.median(times[2:]) / 1e6
+    Raises:
+        AssertionError: ours is wrong.
+    """
+    if case.gate is not None:
+        case.gate()
+    if case.truth is None:
+        return {}
+    truth = case.truth()
+    probes = case.sides if case.probes is None else case.probes
+    found = {}
+    for name, probe in probes.items():
+        if name in case.bounds:
+            continue
+        started = time.perf_counter()
+        result = probe()
+        seconds = time.perf_counter() - started
+        found[name] = Judged(accuracy.relative_errors(result, truth, case.outputs), seconds)
+        if name == "ours" and case.limit is not None:
+            output, error = accuracy.worst(found[name].errors)
+            assert error <= case.limit, f"{case.op} {case.name}: error of {output} is {error:.1e}"
+    return found
 
 
 def _quantiles(times_ms: list[float]) -> dict[str, float]:
@@ -119,59 +114,58 @@ def _quantiles(times_ms: list[float]) -> dict[str, float]:
     return {"ms": statistics.median(times_ms), "ms_p20": fifths[0], "ms_p80": fifths[3]}
 
 
-def time_sides(case: Case, benchmark: Any = None) -> dict[str, dict[str, float]]:
-    """Median, 20 % and 80 % quantile of each side in ms.
+def _is_due(turn: int, quota: int, rounds: int) -> bool:
+    """Whether a side that takes part in `quota` of `rounds` turns takes part in this one."""
+    return turn * quota // rounds > (turn - 1) * quota // rounds
 
-    pytest-benchmark, when given, times "ours"; the other sides run in its set-up of each round.
+
+def time_sides(
+    case: Case, first_s: Mapping[str, float], benchmark: Any = None
+) -> dict[str, dict[str, float]]:
+    """Median, 20 % and 80 % quantile of each side in ms; on CUDA the median with a hot L2, too.
+
+    Sides that are not in `first_s`, seconds of a first call, get one.  pytest-benchmark, when
+    given, times "ours"; the other sides run in its set-up of each round.
     """
-    others = {name: side for name, side in case.sides.items() if name != "ours"}
     times: dict[str, list[float]] = {name: [] for name in case.sides}
-    for side in case.sides.values():  # warm-up
-        side()
+    hot: dict[str, list[float]] = {name: [] for name in case.sides}
+    first_s = dict(first_s)
+    for name, side in case.sides.items():
+        if name not in first_s:
+            first_s[name] = time_once(side) / 1e3
+
+    def take_turn(name: str) -> None:
+        times[name].append(time_once(case.sides[name]))
+        if DEVICE.type == "cuda":
+            hot[name].append(time_once(case.sides[name], cold=False))
+
+    for name in case.sides:
+        take_turn(name)
+    allowed = {
+        name: min(case.rounds, max(FEWEST_ROUNDS, int(SIDE_BUDGET_MS / t[0])))
+        for name, t in times.items()
+    }
 
     def run_others() -> None:
-        for name, side in others.items():
-            times[name].append(_time_once(side))
+        for name in case.sides:
+            if name != "ours" and _is_due(len(times["ours"]), allowed[name], case.rounds):
+                take_turn(name)
 
-    def run_ours() -> None:
-        times["ours"].append(_time_once(case.sides["ours"]))
-
+    rounds = max(case.rounds - 1, 1)
     if benchmark is not None:
-        benchmark.pedantic(run_ours, setup=run_others, rounds=case.rounds)
+        benchmark.pedantic(lambda: take_turn("ours"), setup=run_others, rounds=rounds)
     else:
-        for _ in range(case.rounds):
+        for _ in range(rounds):
             run_others()
-            run_ours()
-    return {name: _quantiles(t) for name, t in times.items()}
-
-
-def extra_bytes(side: Side) -> int:
-    """Peak memory that `side` allocates through PyTorch beyond what it returns.
-
-    On a CPU the allocator's events of torch.profiler are summed, so buffers inside C++ operators
-    count; private workspaces of MKL do not.
-    """
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = side()
-        returned = torch.cuda.memory_allocated() - before
-        del result
-        return torch.cuda.max_memory_allocated() - before - returned
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = side()
-    profiler: Any = profile.profiler
-    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
-    if not events:
-        raise RuntimeError("extra_bytes: the profiler saw no allocation; this torch cannot be used")
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    del result
-    return peak - live
+            take_turn("ours")
+    found = {}
+    for name, measured in times.items():
+        found[name] = {**_quantiles(measured), "rounds": len(measured)}
+        if hot[name]:
+            found[name]["hot_ms"] = statistics.median(hot[name])
+        if name in case.roster.compiled:
+            found[name]["compile_s"] = first_s[name] - found[name]["ms"] / 1e3
+    return found
 
 
 def emit(line: Mapping[str, Any], out: Path) -> None:
@@ -184,43 +178,91 @@ def emit(line: Mapping[str, Any], out: Path) -> None:
     part.replace(out)
 
 
+def error_facts(errors: Mapping[str, float]) -> dict[str, Any]:
+    """Errors as JSON can hold them; null is an output with NaN or infinity."""
+    if not errors:
+        return {}
+    name, error = accuracy.worst(dict(errors))
+    finite = {k: v if math.isfinite(v) else None for k, v in errors.items()}
+    return {"error": error if math.isfinite(error) else None, "error_in": name, "errors": finite}
+
+
+def _rates(case: Case, ms: float) -> dict[str, float]:
+    rates = {}
+    if case.bytes_moved is not None:
+        rates["gb_per_s"] = case.bytes_moved / ms / 1e6
+    if case.flops is not None:
+        rates["gflop_per_s"] = case.flops / ms / 1e6
+    floor = machine.floor_ms(case.bytes_moved, case.flops)
+    if floor is not None:
+        rates |= {"floor_ms": floor, "share_of_floor": floor / ms}
+    return rates
+
+
 def run(case: Case, benchmark: Any = None, out: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Gate, time and weigh all sides of a case; prints a table and writes JSON lines."""
-    case.gate()
+    """Judges, times and weighs all sides of a case; prints a table and writes JSON lines."""
+    judged = judge(case)
     load = round(os.getloadavg()[0], 2)
-    timings = time_sides(case, benchmark)
+    called = judged if case.probes is None else {}
+    timings = time_sides(case, {name: j.first_s for name, j in called.items()}, benchmark)
     ours = timings["ours"]["ms"]
+    facts = {"formula": case.formula, "sizes": dict(case.sizes), "mode": case.mode}
+    facts |= {"device": DEVICE.type, "load_1min": load, **case.notes}
+    facts |= environment((*case.roster.packages, *case.peers))
+    facts["timestamp"] = time.strftime("%Y-%m-%d %H:%M:%S")
     lines: dict[str, dict[str, Any]] = {}
-    print(f"\n{case.op}: {case.name}   [{case.formula}]")
     for name, timing in timings.items():
-        line: dict[str, Any] = {"op": case.op, "case": case.name, "side": name, **timing}
-        line |= {"rounds": case.rounds, "slower": timing["ms"] / ours, "load_1min": load}
-        line["extra_mb"] = extra_bytes(case.sides[name]) / 1e6
-        if case.bytes_moved is not None:
-            line["gb_per_s"] = case.bytes_moved / timing["ms"] / 1e6
-            if DEVICE.type == "cuda":
-                line["share_of_copy"] = line["gb_per_s"] / copy_gb_per_s()
-        if case.flops is not None:
-            line["gflop_per_s"] = case.flops / timing["ms"] / 1e6
-        line |= {"formula": case.formula, "device": DEVICE.type}
-        line |= {**case.notes, **environment(case.peers)}
-        rates = [
-            f"{line[k]:8.2f} {k}" for k in ("gb_per_s", "share_of_copy", "gflop_per_s") if k in line
-        ]
-        print(
-            f"  {name:28s} {line['ms']:9.3f} ms  ({line['ms_p20']:.3f}-{line['ms_p80']:.3f})"
-            f"  x{line['slower']:<6.2f} {line['extra_mb']:9.2f} MB extra", *rates
-        )  # fmt: skip
+        line = {"op": case.op, "case": case.name, "side": name, **timing}
+        line |= {"slower": timing["ms"] / ours, "extra_mb": extra_bytes(case.sides[name]) / 1e6}
+        line |= _rates(case, timing["ms"])
+        line |= error_facts(judged[name].errors if name in judged else {})
+        lines[name] = line | ({"bound": True} if name in case.bounds else {}) | facts
+    for name, reason in case.roster.not_run.items():
+        lines[name] = {"op": case.op, "case": case.name, "side": name, "not_run": reason, **facts}
+    for line in lines.values():
         emit(line, out or RESULTS / f"{case.op}.jsonl")
-        lines[name] = line
-    print(f"  slower = median ms / median ms of ours, {case.rounds} rounds; load {load};", end=" ")
-    print(", ".join(f"{k} {v}" for k, v in environment(case.peers)["versions"].items()))
-    for peer in case.peers:
-        if peer not in environment(case.peers)["versions"]:
-            print(f"  {peer} is not installed: not measured")
+    show(case, lines)
     if benchmark is not None:
-        benchmark.extra_info.update({name: line["ms"] for name, line in lines.items()})
+        benchmark.extra_info.update({name: timing["ms"] for name, timing in timings.items()})
     return lines
+
+
+def show_error(line: Mapping[str, Any]) -> str:
+    """Largest error and the output that has it, or a dash."""
+    if "error" not in line:
+        return "-"
+    shown = "not finite" if line["error"] is None else f"{line['error']:.1e}"
+    return f"{shown} {line['error_in']}"
+
+
+def show(case: Case, lines: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints the case for people."""
+    ours = lines["ours"]
+    cold = "cold L2" if DEVICE.type == "cuda" else "caches as they come"
+    print(f"\n{case.op}: {case.name}   [{case.formula}]")
+    if "floor_ms" in ours:
+        roofs = [f"{machine.copy_gb_per_s():.1f} GB/s in a copy"] if case.bytes_moved else []
+        roofs += [f"{machine.matmul_gflop_per_s():.0f} GFLOP/s in a product"] if case.flops else []
+        print(f"  floor of this machine {ours['floor_ms']:.2f} ms: {', '.join(roofs)}; {cold}")
+    width = max(map(len, lines))
+    columns = (
+        f"{'ms':>9} {'p20-p80':>17} {'hot ms':>9} {'x ours':>7} {'of floor':>8} {'extra MB':>9}"
+    )
+    print(f"  {'':{width}} {columns}  largest error")
+    for name, line in lines.items():
+        if "not_run" in line:
+            print(f"  {name:{width}} not run: {line['not_run']}")
+            continue
+        spread = f"{line['ms_p20']:.2f}-{line['ms_p80']:.2f}"
+        hot = f"{line['hot_ms']:.3f}" if "hot_ms" in line else "-"
+        share = f"{line['share_of_floor']:.0%}" if "share_of_floor" in line else "-"
+        compiled = f"; compiled in {line['compile_s']:.0f} s" if "compile_s" in line else ""
+        print(
+            f"  {name:{width}} {line['ms']:9.3f} {spread:>17} {hot:>9} {line['slower']:7.2f}"
+            f" {share:>8} {line['extra_mb']:9.2f}  {show_error(line)}{compiled}"
+        )
+    versions = ", ".join(f"{k} {v}" for k, v in ours["versions"].items())
+    print(f"  {ours['rounds']} rounds of ours; load {ours['load_1min']}; {versions}")
 
 
 def as_test(cases: Mapping[str, Callable[[], Case]]) -> Callable[..., None]:

@@ -1,10 +1,17 @@
 """The bench harness measures what it says."""
 
+import itertools
 import json
+import math
+import time
 
+import accuracy
 import harness
+import machine
+import peers
 import pytest
 import torch
+from peers import Peer
 
 
 def _case(**changes):
@@ -18,6 +25,10 @@ def _case(**changes):
     return harness.Case(**(fields | changes))
 
 
+def _written(out):
+    return {line["side"]: line for line in map(json.loads, out.read_text().splitlines())}
+
+
 def test_extra_bytes_counts_what_dies_and_not_what_is_returned(device):
     def side():
         temporary = torch.ones(1_000_000, device=device)  # 4 MB
@@ -27,17 +38,31 @@ def test_extra_bytes_counts_what_dies_and_not_what_is_returned(device):
     assert harness.extra_bytes(lambda: torch.ones(1_000_000, device=device)) < 1e5
 
 
-def test_a_run_gates_times_and_writes_every_side(tmp_path, capsys):
+def test_a_run_judges_times_and_writes_every_side(tmp_path, capsys):
     out = tmp_path / "results" / "toy.jsonl"
     harness.run(_case(), out=out)
-    lines = harness.run(_case(bytes_moved=40, formula="bytes = 40"), out=out)  # in their place
+    changes = {"bytes_moved": 40, "formula": "bytes = 40", "sizes": {"N": 10}, "mode": "fwd"}
+    lines = harness.run(_case(**changes), out=out)  # in their place
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["side"] for line in written] == ["ours", "peer"]
     assert written[1]["slower"] == written[1]["ms"] / written[0]["ms"]
     assert written[0]["gb_per_s"] == pytest.approx(40 / written[0]["ms"] / 1e6)
     assert written[0]["ms_p20"] <= written[0]["ms"] <= written[0]["ms_p80"]
-    assert {"machine", "commit", "versions", "load_1min"} <= lines["ours"].keys()
+    assert written[0]["sizes"] == {"N": 10}
+    assert {"machine", "commit", "versions", "load_1min", "timestamp"} <= lines["ours"].keys()
     assert "toy" in capsys.readouterr().out
+
+
+def test_share_of_the_floor_is_the_roof_over_what_was_reached(tmp_path):
+    flops = 10**6
+    line = harness.run(_case(flops=flops, bytes_moved=8), out=tmp_path / "toy.jsonl")["ours"]
+    floor = flops / machine.matmul_gflop_per_s() / 1e6  # 8 bytes take less
+    assert line["floor_ms"] == pytest.approx(floor)
+    assert line["share_of_floor"] == pytest.approx(
+        line["gflop_per_s"] / machine.matmul_gflop_per_s()
+    )
+    traffic = machine.floor_ms(10**12, flops)
+    assert traffic == pytest.approx(10**6 / machine.copy_gb_per_s())
 
 
 def test_a_wrong_result_is_not_timed(tmp_path):
@@ -46,4 +71,146 @@ def test_a_wrong_result_is_not_timed(tmp_path):
 
     with pytest.raises(AssertionError, match="ours is wrong"):
         harness.run(_case(gate=gate), out=tmp_path / "toy.jsonl")
+    wrong = {"gate": None, "truth": lambda: torch.ones(10), "outputs": ("y",), "limit": 0.5}
+    with pytest.raises(AssertionError, match=r"toy toy: error of y is 1\.0e\+00"):
+        harness.run(_case(**wrong), out=tmp_path / "toy.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_case_without_gate_and_truth_is_refused():
+    with pytest.raises(ValueError, match="needs a gate, or a truth and a limit"):
+        _case(gate=None, truth=lambda: torch.ones(10))
+
+
+def test_error_stands_beside_the_time_of_every_side(tmp_path, capsys):
+    truth = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), torch.eye(2).double()
+    sides = {
+        "ours": lambda: (truth[0].float(), truth[1].float() + 1e-3),
+        "drops an output": lambda: (truth[0].float() + 0.4, None),
+        "poisoned": lambda: (truth[0] * math.nan, truth[1]),
+        "bound": lambda: torch.zeros(1),
+    }
+    out = tmp_path / "toy.jsonl"
+    harness.run(
+        _case(
+            sides=sides, gate=None, truth=lambda: truth, outputs=("y", "dx"), limit=1e-2,
+            bounds=("bound",),
+        ),
+        out=out,
+    )  # fmt: skip
+    lines = _written(out)
+    assert lines["ours"]["error"] == pytest.approx(1e-3, rel=1e-3)
+    assert lines["ours"]["error_in"] == "dx"
+    assert lines["drops an output"]["errors"] == {"y": pytest.approx(0.1)}
+    assert lines["poisoned"]["error"] is None
+    assert lines["poisoned"]["error_in"] == "y"
+    assert "error" not in lines["bound"]
+    assert lines["bound"]["bound"] is True
+    shown = capsys.readouterr().out
+    assert "1.0e-03 dx" in shown
+    assert "not finite y" in shown
+
+
+def test_probes_are_judged_in_place_of_the_sides(tmp_path):
+    sides = {"ours": lambda: torch.zeros(1000)}
+    probes = {"ours": lambda: torch.ones(2)}
+    out = tmp_path / "toy.jsonl"
+    facts = {"gate": None, "truth": lambda: torch.ones(2), "outputs": ("y",), "limit": 1e-6}
+    harness.run(_case(sides=sides, probes=probes, **facts), out=out)
+    assert _written(out)["ours"]["error"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("got", "truth", "error"),
+    [
+        ([1.0, 2.2], [1.0, 2.0], 0.1),  # a vector is one row
+        ([[1.0, 0.0], [0.0, 1.5e-6]], [[1.0, 0.0], [0.0, 1e-6]], 0.5),  # each row by its own size
+        ([[1.0], [1e-9]], [[1.0], [0.0]], 1e-9 / torch.finfo(torch.float32).eps),
+        ([[0.0], [0.0]], [[0.0], [0.0]], 0.0),
+        ([[1e-30]], [[0.0]], math.inf),
+        ([1.0, math.inf], [1.0, 1.0], math.inf),
+        (2.0, 1.0, 1.0),
+        ([], [], 0.0),
+    ],
+)
+def test_relative_error(got, truth, error):
+    found = accuracy.relative_error(torch.tensor(got), torch.tensor(truth, dtype=torch.float64))
+    assert found == pytest.approx(error, rel=1e-3)
+
+
+def test_results_of_another_shape_or_number_are_refused():
+    with pytest.raises(ValueError, match="relative_error: the truth is"):
+        accuracy.relative_error(torch.ones(2, 1), torch.ones(2))
+    with pytest.raises(ValueError, match="zip"):
+        accuracy.relative_errors((torch.ones(2),), (torch.ones(2), torch.ones(2)), ("y", "dx"))
+
+
+def test_peers_that_cannot_run_are_named_with_the_reason(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(peers, "cxx_compiler", lambda: None)
+    roster = peers.roster(
+        {
+            "here": Peer(torch.zeros),
+            "a GPU's": Peer(torch.zeros, cuda=True),
+            "neither": Peer(torch.zeros, "no-such-package", cuda=True),
+            "compiled": Peer(torch.zeros, compile=True),
+            "too old": Peer(torch.zeros, missing="needs torch 9"),
+        }
+    )
+    assert list(roster.functions) == ["here"]
+    assert roster.not_run == {
+        "a GPU's": "needs CUDA",
+        "neither": "needs CUDA, no-such-package is not installed",
+        "compiled": "needs a C++ compiler",
+        "too old": "needs torch 9",
+    }
+    assert roster.packages == ("torch", "no-such-package")
+    out = tmp_path / "toy.jsonl"
+    harness.run(_case(roster=roster), out=out)
+    lines = _written(out)
+    assert set(lines) == {"ours", "peer", *roster.not_run}
+    assert lines["neither"]["not_run"] == "needs CUDA, no-such-package is not installed"
+    assert "no-such-package" not in lines["ours"]["versions"]
+    shown = capsys.readouterr().out
+    assert "not run: needs a C++ compiler" in shown
+
+
+def test_compilation_is_reported_apart_and_not_in_the_median(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    roster = peers.roster({"torch.compile": Peer(compiles_once(0.2), compile=True)})
+    sides = {"ours": lambda: torch.zeros(10), **roster.functions}
+    line = harness.run(_case(sides=sides, roster=roster), out=tmp_path / "toy.jsonl")
+    assert line["torch.compile"]["compile_s"] == pytest.approx(0.2, rel=0.3)
+    assert line["torch.compile"]["ms"] < 50
+    assert "compile_s" not in line["ours"]
+
+
+def compiles_once(seconds):
+    todo = [seconds]
+
+    def call():
+        if todo:
+            time.sleep(todo.pop())
+        return torch.zeros(10)
+
+    return call
+
+
+def test_a_slow_side_runs_fewer_rounds_spread_over_the_run(monkeypatch):
+    order = []
+
+    def side(name, ms):
+        def call():
+            order.append(name)
+            return ms
+
+        return call
+
+    monkeypatch.setattr(harness, "time_once", lambda call, cold=True: float(call()))
+    sides = {"ours": side("ours", 1), "slow": side("slow", harness.SIDE_BUDGET_MS / 4)}
+    found = harness.time_sides(_case(sides=sides, rounds=12), {})
+    assert found["ours"]["rounds"] == 12
+    assert found["slow"]["rounds"] == 4
+    turns = [i for i, name in enumerate(order[2:]) if name == "slow"]  # without the warm-up
+    assert max(b - a for a, b in itertools.pairwise(turns)) <= 5
+    assert turns[-1] > 8

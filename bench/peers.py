@@ -1,0 +1,68 @@
+"""Whom the benches compare with, and why one of them cannot run here.
+
+A bench lists its `Peer`s; `roster` turns them into functions to time, and names what is left out
+with the reason.  Versions: constraints.txt.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from machine import DEVICE, installed
+
+
+class Peer(NamedTuple):
+    """One way to do a bench's work."""
+
+    function: Callable[..., Any]
+    package: str = "torch"
+    cuda: bool = False  # has no path on a CPU
+    compile: bool = False  # through torch.compile
+    missing: str = ""  # why it cannot run although its package is there
+
+
+class Roster(NamedTuple):
+    """What can run here, by name, and what cannot."""
+
+    functions: dict[str, Callable[..., Any]]
+    not_run: dict[str, str]
+    packages: tuple[str, ...]  # whose versions belong to the result
+    compiled: tuple[str, ...]  # whose first call compiles
+
+
+def cxx_compiler() -> str | None:
+    """What torch.compile would call on a CPU."""
+    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _reason(peer: Peer) -> str:
+    """Why the peer cannot run here; empty when it can."""
+    reasons = []
+    if peer.cuda and DEVICE.type != "cuda":
+        reasons.append("needs CUDA")
+    if installed(peer.package) is None:
+        reasons.append(f"{peer.package} is not installed")
+    if peer.compile and DEVICE.type == "cpu" and cxx_compiler() is None:
+        reasons.append("needs a C++ compiler")
+    if peer.missing:
+        reasons.append(peer.missing)
+    return ", ".join(reasons)
+
+
+def roster(peers: Mapping[str, Peer]) -> Roster:
+    """Splits peers into those that run here and those that do not.  Forgets compiled code."""
+    torch._dynamo.reset()
+    reasons = {name: _reason(peer) for name, peer in peers.items()}
+    able = {name: peer for name, peer in peers.items() if not reasons[name]}
+    return Roster(
+        functions={
+            name: torch.compile(peer.function, dynamic=False) if peer.compile else peer.function
+            for name, peer in able.items()
+        },
+        not_run={name: reason for name, reason in reasons.items() if reason},
+        packages=tuple(dict.fromkeys(peer.package for peer in peers.values())),
+        compiled=tuple(name for name, peer in able.items() if peer.compile),
+    )
