@@ -19,7 +19,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +27,17 @@ from typing import Any, NamedTuple
 import accuracy
 import machine
 import pytest
+import torch
 from machine import DEVICE, DTYPE, Side, environment, extra_bytes, time_once
 from peers import Peer, Roster, roster
 
 __all__ = [
-    "DEVICE", "DTYPE", "RESULTS", "Case", "Peer", "Roster", "Side", "as_test", "emit",
-    "environment", "extra_bytes", "judge", "main", "roster", "run", "time_once",
+    "DEVICE", "DTYPE", "LIMITS", "RESULTS", "Case", "Peer", "Roster", "Side", "as_test", "emit",
+    "emit_case", "environment", "extra_bytes", "judge", "main", "roster", "run", "time_once",
 ]  # fmt: skip
 
 RESULTS = machine.ROOT / "bench" / "results"
+LIMITS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # wrong is above these
 KEY = ("op", "case", "side", "machine")  # a newer line with the same key replaces the older one
 SIDE_BUDGET_MS = 3000.0  # of one case; a side that needs more runs fewer rounds
 FEWEST_ROUNDS = 3
@@ -168,14 +170,46 @@ def time_sides(
     return found
 
 
+def results_file(op: str) -> Path:
+    return RESULTS / f"{op}.jsonl"
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The lines of a results file; none when there is no file."""
+    return [json.loads(text) for text in out.read_text().splitlines()] if out.exists() else []
+
+
+def _write(lines: Iterable[Mapping[str, Any]], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".tmp")
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part.replace(out)
+
+
 def emit(line: Mapping[str, Any], out: Path) -> None:
     """Adds a JSON line to `out`, in place of an older one with the same key."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(text) for text in out.read_text().splitlines()] if out.exists() else []
-    kept = [old for old in lines if any(old.get(k) != line.get(k) for k in KEY)]
-    part = out.with_suffix(".tmp")
-    part.write_text("".join(json.dumps(item) + "\n" for item in [*kept, dict(line)]))
-    part.replace(out)
+    kept = [old for old in read(out) if any(old.get(k) != line.get(k) for k in KEY)]
+    _write([*kept, line], out)
+
+
+def emit_case(lines: Iterable[Mapping[str, Any]], out: Path) -> None:
+    """Adds the lines of one case to `out`, in place of all older ones of the case and machine."""
+    lines = list(lines)
+    key = KEY[0], KEY[1], KEY[3]
+    cases = {tuple(line[k] for k in key) for line in lines}
+    kept = [old for old in read(out) if tuple(old.get(k) for k in key) not in cases]
+    _write([*kept, *lines], out)
+
+
+def drop_other_cases(ran: Iterable[Mapping[str, Any]], out: Path) -> None:
+    """Removes from `out` what this machine measured of the same ops in cases that did not run."""
+    cases: dict[tuple[str, str], set[str]] = {}
+    for line in ran:
+        cases.setdefault((line["op"], line["machine"]), set()).add(line["case"])
+    lines = read(out)
+    keep = [x for x in lines if x["case"] in cases.get((x["op"], x["machine"]), {x["case"]})]
+    if len(keep) < len(lines):
+        _write(keep, out)
 
 
 def error_facts(errors: Mapping[str, float]) -> dict[str, Any]:
@@ -219,8 +253,7 @@ def run(case: Case, benchmark: Any = None, out: Path | None = None) -> dict[str,
         lines[name] = line | ({"bound": True} if name in case.bounds else {}) | facts
     for name, reason in case.roster.not_run.items():
         lines[name] = {"op": case.op, "case": case.name, "side": name, "not_run": reason, **facts}
-    for line in lines.values():
-        emit(line, out or RESULTS / f"{case.op}.jsonl")
+    emit_case(lines.values(), out or results_file(case.op))
     show(case, lines)
     if benchmark is not None:
         benchmark.extra_info.update({name: timing["ms"] for name, timing in timings.items()})
@@ -284,5 +317,7 @@ def main(cases: Mapping[str, Callable[[], Case]]) -> None:
         "--out", type=Path, help="JSON lines file (default: bench/results/OP.jsonl)"
     )
     args = parser.parse_args()
-    for name in args.case or cases:
-        run(cases[name](), out=args.out)
+    ran = [run(cases[name](), out=args.out)["ours"] for name in args.case or cases]
+    if not args.case:
+        for op in {line["op"] for line in ran}:
+            drop_other_cases(ran, args.out or results_file(op))

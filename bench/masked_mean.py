@@ -4,16 +4,14 @@
 # pyright: reportMissingImports=false
 
 from functools import partial
-from importlib.util import find_spec
 
 import harness
 import torch
+from harness import Peer
 from torch import Tensor
 
 from tercet.kernels import masked_mean, segment_mean
-from tercet.kernels.reference import masked_mean_ref
-
-DTYPE = torch.bfloat16 if harness.DEVICE.type == "cuda" else torch.float32
+from tercet.kernels.reference import masked_mean_ref, segment_mean_ref
 
 
 def bmm_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -37,59 +35,69 @@ def pooling_flat(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     return module(features)["sentence_embedding"]
 
 
-def fwd_bwd(fn, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+PADDED = {
+    "ours": Peer(masked_mean),
+    "sentence-transformers": Peer(pooling, "sentence-transformers"),
+    "bmm": Peer(bmm_mean),
+    "torch.compile": Peer(masked_mean_ref, compile=True),
+}
+PACKED = {
+    "ours": Peer(segment_mean),
+    "sentence-transformers": Peer(pooling_flat, "sentence-transformers"),
+}
+
+
+def call(fn, x: Tensor, where: Tensor, dy: Tensor, backward: bool) -> tuple[Tensor, ...]:
+    """Means, and the gradient of x; `where` is the mask or cu_seqlens."""
+    if not backward:
+        return (fn(x, where),)
     leaf = x.detach().requires_grad_()
-    y = fn(leaf)
+    y = fn(leaf, where)
     return y, torch.autograd.grad(y, leaf, dy.to(y.dtype))[0]
 
 
-def case(batch: int, t: int, hidden: int, *, full: bool, packed: bool, backward: bool = True):
-    """Rows of random length (or all full), right padded; `packed` drops the padding."""
+def case(
+    batch: int,
+    t: int,
+    hidden: int,
+    *,
+    full: bool = False,
+    packed: bool = False,
+    backward: bool = True,
+    dtype: torch.dtype = harness.DTYPE,
+    padding: float = 0.0,
+) -> harness.Case:
+    """Rows of random length (or all full), right padded with `padding`, or packed."""
     torch.manual_seed(0)
     device = harness.DEVICE
     lengths = torch.randint(t // 4, t + 1, (batch,), device=device)
     lengths = torch.full_like(lengths, t) if full else lengths
     mask = torch.arange(t, device=device) < lengths[:, None]
-    x = torch.randn(batch, t, hidden, device=device, dtype=DTYPE)
+    x = torch.randn(batch, t, hidden, device=device).masked_fill_(~mask[..., None], padding)
+    x, where, truth, outputs = x.to(dtype), mask, masked_mean_ref, ("y", "dx")
     dy = torch.randn(batch, hidden, device=device)
-    sides = {
-        "ours": partial(masked_mean, mask=mask),
-        "sentence-transformers": partial(pooling, mask=mask),
-        "bmm": partial(bmm_mean, mask=mask),
-    }
     num_tokens = int(mask.sum())
-    moved = num_tokens + (x[..., 0].numel() if backward else 0)
+    written = batch * t
     if packed:
-        x = x[mask]
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        sides = {
-            "ours": partial(segment_mean, cu_seqlens=cu_seqlens),
-            "sentence-transformers": partial(pooling_flat, cu_seqlens=cu_seqlens),
-        }
-        moved = num_tokens * (2 if backward else 1)
-
-    if find_spec("sentence_transformers") is None:
-        del sides["sentence-transformers"]  # the harness says that it is missing
-
-    def gate() -> None:
-        padded = torch.zeros(batch, t, hidden, device=device, dtype=DTYPE)
-        padded[mask] = x if packed else x[mask]
-        truth = fwd_bwd(partial(masked_mean_ref, mask=mask), padded, dy)
-        ours = fwd_bwd(sides["ours"], x, dy)
-        torch.testing.assert_close(ours[0], truth[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours[1], truth[1][mask] if packed else truth[1])
-
-    name = f"B={batch} T={t} H={hidden} {str(DTYPE)[6:]} {'fwd+bwd' if backward else 'fwd'}"
+        x, written, truth = x[mask], num_tokens, segment_mean_ref
+        where = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    able = harness.roster(PACKED if packed else PADDED)
+    mode = "fwd+bwd" if backward else "fwd"
+    sizes = {"B": batch, "T": t, "H": hidden, "dtype": str(dtype)[6:], "kept": num_tokens}
     return harness.Case(
         op="segment_mean" if packed else "masked_mean",
-        name=f"{name}, {num_tokens / batch / t:.0%} of tokens kept",
+        name=f"B={batch} T={t} H={hidden} {str(dtype)[6:]} {mode}, "
+        f"{num_tokens / batch / t:.0%} of tokens kept",
         sides={
-            side: partial(fwd_bwd, fn, x, dy) if backward else partial(fn, x)
-            for side, fn in sides.items()
+            side: partial(call, fn, x, where, dy, backward) for side, fn in able.functions.items()
         },
-        gate=gate,
-        peers=("sentence-transformers",),
-        bytes_moved=moved * hidden * x.element_size(),
+        truth=lambda: call(truth, x.double(), where, dy.double(), backward),
+        outputs=outputs if backward else outputs[:1],
+        limit=harness.LIMITS[dtype],
+        roster=able,
+        sizes=sizes,
+        mode=mode,
+        bytes_moved=(num_tokens + written * backward) * hidden * x.element_size(),
         formula="bytes = kept tokens read once" + (", dx written once" if backward else ""),
     )
 
@@ -105,6 +113,15 @@ CASES = {
     for layout in ("padded", "packed")
     for fill in ("full", "ragged")
     for mode in ("fwd", "fwd+bwd")
+}
+ACCURACY = {
+    (layout, dtype, inputs): partial(
+        case, 8, 512, 256, packed=layout == "packed", dtype=dtype, padding=padding
+    )
+    for layout in ("padded", "packed")
+    for dtype in harness.LIMITS
+    for inputs, padding in (("random", 0.0), ("NaN in the padding", float("nan")))
+    if layout == "padded" or inputs == "random"
 }
 
 test_speed = harness.as_test(CASES)

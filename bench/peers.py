@@ -6,8 +6,12 @@ with the reason.  Versions: constraints.txt.
 
 from __future__ import annotations
 
+import atexit
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -52,11 +56,32 @@ def _reason(peer: Peer) -> str:
     return ", ".join(reasons)
 
 
-def roster(peers: Mapping[str, Peer]) -> Roster:
-    """Splits peers into those that run here and those that do not.  Forgets compiled code."""
+@cache
+def _compiled_code() -> str:
+    """Folder for this process's compiled code.  What every first compilation pays is paid here."""
+    folder = tempfile.mkdtemp(prefix="bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    torch.compile(torch.sin)(torch.zeros(1, device=DEVICE))
+    return folder
+
+
+def _forget_compiled_code() -> None:
+    """Makes the next compilation a whole one, so that its time means something."""
+    folder = tempfile.mkdtemp(dir=_compiled_code())
+    from torch._inductor.utils import clear_caches
+
     torch._dynamo.reset()
+    clear_caches()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def roster(peers: Mapping[str, Peer]) -> Roster:
+    """Splits peers into those that run here and those that do not."""
     reasons = {name: _reason(peer) for name, peer in peers.items()}
     able = {name: peer for name, peer in peers.items() if not reasons[name]}
+    if any(peer.compile for peer in able.values()):
+        _forget_compiled_code()
     return Roster(
         functions={
             name: torch.compile(peer.function, dynamic=False) if peer.compile else peer.function

@@ -53,6 +53,27 @@ def test_a_run_judges_times_and_writes_every_side(tmp_path, capsys):
     assert "toy" in capsys.readouterr().out
 
 
+def test_a_measured_case_replaces_all_its_older_lines(tmp_path):
+    out = tmp_path / "toy.jsonl"
+    harness.run(_case(sides={**_case().sides, "gone": lambda: torch.zeros(10)}), out=out)
+    other = {"op": "toy", "case": "toy", "side": "gone", "machine": "another machine"}
+    harness.emit(other, out)
+    harness.run(_case(), out=out)
+    kept = harness.read(out)
+    assert [line["side"] for line in kept] == ["gone", "ours", "peer"]
+    assert kept[0] == other
+
+
+def test_cases_that_are_no_longer_benched_leave_the_results(tmp_path):
+    out = tmp_path / "toy.jsonl"
+    for case, machine_name in (("old", "here"), ("new", "here"), ("old", "there")):
+        harness.emit({"op": "toy", "case": case, "side": "ours", "machine": machine_name}, out)
+    harness.drop_other_cases([{"op": "toy", "case": "new", "machine": "here"}], out)
+    assert [(line["case"], line["machine"]) for line in harness.read(out)] == [
+        ("new", "here"), ("old", "there"),
+    ]  # fmt: skip
+
+
 def test_share_of_the_floor_is_the_roof_over_what_was_reached(tmp_path):
     flops = 10**6
     line = harness.run(_case(flops=flops, bytes_moved=8), out=tmp_path / "toy.jsonl")["ours"]
@@ -177,6 +198,7 @@ def test_peers_that_cannot_run_are_named_with_the_reason(tmp_path, capsys, monke
 
 def test_compilation_is_reported_apart_and_not_in_the_median(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(peers, "_forget_compiled_code", lambda: None)
     roster = peers.roster({"torch.compile": Peer(compiles_once(0.2), compile=True)})
     sides = {"ours": lambda: torch.zeros(10), **roster.functions}
     line = harness.run(_case(sides=sides, roster=roster), out=tmp_path / "toy.jsonl")
