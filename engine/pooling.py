@@ -14,8 +14,8 @@ A pass over whole rows pools them at once (`Pool.rows`), a sampler token by toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,9 @@ from tercet.kernels import segment_mean
 from tercet.kernels._typing import Float, Int
 
 LAST, PENULTIMATE = -1, -2  # places in transformers' tuple of hidden states
+
+Vectors = Float[Tensor, "batch hidden"]  # one per row
+Count = Int[Tensor, "batch 1"]  # of the tokens that each row has pooled
 
 
 class States(NamedTuple):
@@ -46,49 +49,84 @@ class States(NamedTuple):
         return States(last, last if layer == LAST else output.hidden_states[layer])
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
+class Pool(ABC):
     """One way to pool; vectors are float32 (float64 for float64)."""
 
-    # Vectors of packed rows, with gradient; zeros for a row without pooled tokens.
-    rows: Callable[[Float[Tensor, "n hidden"], Packed], Float[Tensor, "rows hidden"]]
-    # Vectors of rows that get one more state, which is the count-th of its row.
-    add: Callable[
-        [Float[Tensor, "k hidden"], Float[Tensor, "k hidden"], Float[Tensor, "k 1"]],
-        Float[Tensor, "k hidden"],
-    ]
-    layer: int = LAST
+    def __init__(self, layer: int = LAST) -> None:
+        self.layer = layer
+
+    @abstractmethod
+    def rows(self, states: Float[Tensor, "n hidden"], packed: Packed) -> Vectors:
+        """Vectors of packed rows, with gradient; zeros for a row without pooled tokens."""
+
+    @abstractmethod
+    def add(
+        self, held: Vectors, rows: Int[Tensor, " k"], states: Float[Tensor, "k hidden"]
+    ) -> None:
+        """Takes one more state into each of these different rows, in place."""
+
+    def start(self, vectors: Vectors, count: Count) -> Vectors:
+        """What `add` works on, from the vectors of each row's first `count` pooled tokens."""
+        return vectors
+
+    def finish(self, held: Vectors, count: Count) -> Vectors:
+        """The vectors again; count is of all tokens pooled, and may be 0."""
+        return held
 
 
-def _mean_rows(states: Tensor, packed: Packed) -> Tensor:
-    return segment_mean(states, packed.cu_seqlens, packed.pool_mask)
+class MeanPool(Pool):
+    """Mean over the pooled tokens; a sum while rows are read."""
+
+    def rows(self, states: Float[Tensor, "n hidden"], packed: Packed) -> Vectors:
+        return segment_mean(states, packed.cu_seqlens, packed.pool_mask)
+
+    def add(
+        self, held: Vectors, rows: Int[Tensor, " k"], states: Float[Tensor, "k hidden"]
+    ) -> None:
+        held.index_add_(0, rows, states)
+
+    def start(self, vectors: Vectors, count: Count) -> Vectors:
+        return vectors * count
+
+    def finish(self, held: Vectors, count: Count) -> Vectors:
+        return held / count.clamp(min=1)
 
 
-def _mean_add(vectors: Tensor, states: Tensor, count: Tensor) -> Tensor:
-    return vectors + (states - vectors) / count
+class MaxPool(Pool):
+    """Largest value of each dimension over the pooled tokens; equal ones share the gradient."""
+
+    def rows(self, states: Float[Tensor, "n hidden"], packed: Packed) -> Vectors:
+        states = _wide(states[packed.pool_mask])
+        row = packed.row_of_token()[packed.pool_mask][:, None].expand_as(states)
+        vectors = states.new_zeros(packed.num_rows, states.shape[1])
+        return vectors.scatter_reduce(0, row, states, "amax", include_self=False)
+
+    def add(
+        self, held: Vectors, rows: Int[Tensor, " k"], states: Float[Tensor, "k hidden"]
+    ) -> None:
+        held.index_copy_(0, rows, torch.maximum(held.index_select(0, rows), states))
+
+    def start(self, vectors: Vectors, count: Count) -> Vectors:
+        return vectors.masked_fill(count == 0, -torch.inf)
+
+    def finish(self, held: Vectors, count: Count) -> Vectors:
+        return held.masked_fill(count == 0, 0.0)
 
 
-def _max_rows(states: Tensor, packed: Packed) -> Tensor:
-    states = _wide(states[packed.pool_mask])
-    row = packed.row_of_token()[packed.pool_mask][:, None].expand_as(states)
-    vectors = states.new_zeros(packed.num_rows, states.shape[1])
-    return vectors.scatter_reduce(0, row, states, "amax", include_self=False)
+class LastPool(Pool):
+    """State of the last pooled token."""
 
+    def rows(self, states: Float[Tensor, "n hidden"], packed: Packed) -> Vectors:
+        place = torch.arange(len(states), device=states.device)
+        place = torch.where(packed.pool_mask, place, -1)
+        last = place.new_full((packed.num_rows,), -1)
+        last = last.scatter_reduce(0, packed.row_of_token(), place, "amax")
+        return _wide(states[last.clamp(min=0)]).masked_fill(last[:, None] < 0, 0.0)
 
-def _max_add(vectors: Tensor, states: Tensor, count: Tensor) -> Tensor:
-    return torch.where(count == 1, states, torch.maximum(vectors, states))
-
-
-def _last_rows(states: Tensor, packed: Packed) -> Tensor:
-    place = torch.arange(len(states), device=states.device)
-    place = torch.where(packed.pool_mask, place, -1)
-    last = place.new_full((packed.num_rows,), -1)
-    last = last.scatter_reduce(0, packed.row_of_token(), place, "amax")
-    return _wide(states[last.clamp(min=0)]).masked_fill(last[:, None] < 0, 0.0)
-
-
-def _last_add(vectors: Tensor, states: Tensor, count: Tensor) -> Tensor:
-    return states
+    def add(
+        self, held: Vectors, rows: Int[Tensor, " k"], states: Float[Tensor, "k hidden"]
+    ) -> None:
+        held.index_copy_(0, rows, states)
 
 
 def _wide(states: Tensor) -> Tensor:
@@ -96,30 +134,30 @@ def _wide(states: Tensor) -> Tensor:
 
 
 POOLS: dict[Pooling, Pool] = {
-    "mean": Pool(_mean_rows, _mean_add),
-    "penultimate_mean": Pool(_mean_rows, _mean_add, PENULTIMATE),
-    "max": Pool(_max_rows, _max_add),
-    "last_token": Pool(_last_rows, _last_add),
+    "mean": MeanPool(),
+    "penultimate_mean": MeanPool(PENULTIMATE),
+    "max": MaxPool(),
+    "last_token": LastPool(),
 }
 
 
 class RunningPool:
-    """Vectors of a batch of rows, kept up to date while tokens are read."""
+    """What a batch of rows has pooled so far, kept up to date while tokens are read."""
 
-    def __init__(
-        self, pool: Pool, vectors: Float[Tensor, "batch hidden"], count: Int[Tensor, " batch"]
-    ) -> None:
-        """Starts from the vectors of each row's first `count` pooled tokens."""
+    def __init__(self, pool: Pool, vectors: Vectors, count: Int[Tensor, " batch"]) -> None:
+        """Starts from the vectors of each row's first `count` pooled tokens; takes both over."""
         self.pool = pool
-        self.vectors = vectors
-        self.count = count[:, None].to(vectors.dtype)
+        self.count = count
+        self._held = pool.start(vectors, count[:, None])
 
     def add(self, rows: Int[Tensor, " k"], states: Float[Tensor, "k hidden"]) -> None:
         """Pools one more state into each of these rows, which must differ."""
-        count = self.count[rows] + 1
-        states = states.to(self.vectors.dtype)
-        self.vectors[rows] = self.pool.add(self.vectors[rows], states, count)
-        self.count[rows] = count
+        self.pool.add(self._held, rows, states.to(self._held.dtype))
+        self.count.index_add_(0, rows, torch.ones_like(rows))
+
+    def vectors(self) -> Vectors:
+        """The vectors so far; zeros for a row without pooled tokens."""
+        return self.pool.finish(self._held, self.count[:, None])
 
 
 def find_pool(owner: str, pooling: Pooling) -> Pool:

@@ -126,7 +126,7 @@ class TransformersSampler:
             _pool(pooled, states, slots, [rows[slot] for slot in slots])
         return [
             text.completion(None if request.pool_from is None else vector)
-            for text, request, vector in zip(texts, requests, pooled.vectors, strict=True)
+            for text, request, vector in zip(texts, requests, pooled.vectors(), strict=True)
         ]
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tercet.engine.model import Policy, score
-from tercet.engine.pooling import POOLS
+from tercet.engine.pooling import POOLS, RunningPool
 from tercet.engine.records import Pooling, Request, SamplingParams, pack
 from tercet.engine.sampler import TransformersSampler
 
@@ -137,8 +137,9 @@ def test_nan_is_not_pooled_away(pooling):
     states[3, 1] = torch.nan
     packed = pack([[1, 1], [1, 1]], pool_from=[0, 0])
     assert POOLS[pooling].rows(states, packed).isnan().tolist() == [[False] * 2, [False, True]]
-    with_nan = POOLS[pooling].add(states[:1], states[3:], torch.tensor([[2.0]]))
-    assert with_nan.isnan().tolist() == [[False, True]]
+    running = RunningPool(POOLS[pooling], states[:2].clone(), torch.tensor([1, 0]))
+    running.add(torch.tensor([0]), states[3:])
+    assert running.vectors().isnan().tolist() == [[False, True], [False] * 2]
 
 
 def test_last_token_is_not_where_the_released_code_looks(make_tiny_model):

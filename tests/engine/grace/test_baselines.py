@@ -120,6 +120,17 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_policy, pooling):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_an_objective_pools_as_its_settings_say(tiny_policy, pooling):
+    objective = Contrastive(tiny_policy, PAIRS, config(pooling=pooling))
+    measured = objective.backward(1)["cosine/positive"]
+    rows = objective.batch(1)
+    prompts = [objective.prompt(str(e.query)) for e in rows]
+    prompts += [objective.prompt(e.document) for e in rows]
+    q, d = F.normalize(pool_prompts(tiny_policy, prompts, pooling), dim=-1).split(len(rows))
+    assert measured == pytest.approx((q * d).sum(-1).mean().item(), abs=1e-5)
+
+
 def test_parts_see_the_same_dropout_twice(make_tiny_model, tiny_tokenizer):
     policy = Policy(make_tiny_model(attention_dropout=0.5), tiny_tokenizer)
     objective = Contrastive(policy, PAIRS, config())
