@@ -77,6 +77,21 @@ void selects_unvisited_first_then_the_highest_score_then_the_lowest_index() {
   CHECK(tree.select_child(kRoot) == after(a, 1));
 }
 
+// Four visits of a, one of b, whose value is 0: the bounds are mean + sqrt(ln 5 / 4) = mean + 0.634
+// and sqrt(ln 5) = 1.269.
+NodeId chosen_by_bound(double mean) {
+  Tree tree(1.0);
+  const NodeId a = tree.expand(kRoot, 2);
+  for (int i = 0; i < 4; ++i) tree.backup(a, mean);
+  tree.backup(after(a, 1), 0.0);
+  return tree.select_child(kRoot);
+}
+
+void selects_the_highest_upper_confidence_bound() {
+  CHECK(chosen_by_bound(0.62) == NodeId{2});
+  CHECK(chosen_by_bound(0.65) == NodeId{1});
+}
+
 void exploration_outweighs_value_when_c_is_large() {
   Tree tree(10.0);
   const NodeId a = tree.expand(kRoot, 2);
@@ -100,6 +115,7 @@ int main() {
   children_lie_side_by_side();
   backup_reaches_every_ancestor_and_no_other_node();
   selects_unvisited_first_then_the_highest_score_then_the_lowest_index();
+  selects_the_highest_upper_confidence_bound();
   exploration_outweighs_value_when_c_is_large();
   select_leaf_descends_to_the_frontier();
   return 0;
