@@ -82,7 +82,7 @@ def saved_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Order(NamedTuple):
-    """Rows worth a gradient first, then other rows that count; the rest is left out."""
+    """Rows worth a gradient first, then other rows that count, then the rest."""
 
     index: Tensor | None  # None: all rows, in their order
     live: int
@@ -99,7 +99,7 @@ class _Order(NamedTuple):
         if rows in (num_live, counted - num_live):  # all alike
             return _Order(None, num_live, counted)
         last = (~live).to(torch.uint8) + (~tokens.counted).to(torch.uint8)
-        return _Order(last.argsort(stable=True)[:counted], num_live, counted)
+        return _Order(last.argsort(stable=True), num_live, counted)
 
     def chunks(self, plan: Plan) -> list[tuple[slice | Tensor, bool]]:
         """Rows of each chunk, and whether it is to have gradients."""
@@ -134,9 +134,7 @@ def policy_pass(
     work = _Pass(head, query, tokens, options, order, hidden)
     for rows, gradient in order.chunks(work.plan):
         work.chunk(rows, gradient)
-    loss = work.stats[0] * unit
-    work.stats[0] = loss
-    return loss, work.stats, *work.gradients(hidden.shape, bias), unit
+    return work.stats[0] * unit, work.stats, *work.gradients(hidden.shape, bias), unit
 
 
 def _unit(weights: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:

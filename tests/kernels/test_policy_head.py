@@ -355,6 +355,18 @@ def test_dead_rows_leave_before_the_products(impl, device, small_tiles):
         assert products_flops(run) == 48 * unit
 
 
+def test_rows_without_advantage_share_no_chunk_with_the_others(impl, device, small_tiles):
+    """A chunk holds 30 rows; only a second chunk would have to add to the weight's gradient."""
+    inputs, targets, given = problem(56, 256, device=device)
+    given = {"old_logp": given["old_logp"], "advantage": given["advantage"]}
+    given["advantage"][::2] = 0.0
+    leaves = [inputs[0], inputs[1].requires_grad_()]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        call(leaves, targets, given, impl=impl, memory_budget_mb=40)
+    assert "aten::addmm" not in {event.key for event in profile.key_averages()}
+
+
 def test_one_dead_row_of_many_stays_where_moving_the_others_costs_more(impl, device):
     inputs, targets, _ = problem(64, 256, device=device)
     given = {"old_logp": linear_logp_ref(*inputs[:2], targets).logp, "advantage": targets + 1.0}
@@ -437,10 +449,13 @@ def test_no_rows_and_one_row_without_axis(impl, rows, device):
     assert all(dx.eq(0).all() for dx in grads)
 
 
-def test_all_rows_ignored(impl, device, small_tiles):
-    inputs, targets, given = problem(20, 300, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("loss_type", ["dapo", "sft"])
+def test_all_rows_ignored(impl, loss_type, dtype, device, small_tiles):
+    inputs, targets, given = problem(20, 300, device=device, dtype=dtype, sft=loss_type == "sft")
     leaves = leaves_of(inputs)
-    loss, metrics = call(leaves, targets.fill_(-100), given, impl=impl)
+    config = config_of(loss_type)
+    loss, metrics = call(leaves, targets.fill_(-100), given, config=config, impl=impl)
     assert loss.item() == 0.0
     assert torch.stack(list(metrics)).eq(0).all()
     assert all(dx.eq(0).all() for dx in slopes(loss, leaves))
