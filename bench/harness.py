@@ -29,7 +29,7 @@ import machine
 import pytest
 import torch
 from machine import DEVICE, DTYPE, Side, environment, extra_bytes, time_once
-from peers import Peer, Roster, roster
+from peers import Peer, Roster, forget_compiled_code, roster
 
 __all__ = [
     "DEVICE", "DTYPE", "LIMITS", "RESULTS", "Case", "Peer", "Roster", "Side", "as_test", "emit",
@@ -235,6 +235,8 @@ def _rates(case: Case, ms: float) -> dict[str, float]:
 
 def run(case: Case, benchmark: Any = None, out: Path | None = None) -> dict[str, dict[str, Any]]:
     """Judges, times and weighs all sides of a case; prints a table and writes JSON lines."""
+    if case.roster.compiled:
+        forget_compiled_code()
     judged = judge(case)
     load = round(os.getloadavg()[0], 2)
     called = judged if case.probes is None else {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -118,8 +117,8 @@ def extra_bytes(side: Side) -> int:
     return peak - live
 
 
-def _median_ms(side: Side, calls: int) -> float:
-    return statistics.median([time_once(side) for _ in range(calls)][2:])
+def _best_ms(side: Side, calls: int) -> float:
+    return min(time_once(side) for _ in range(calls))
 
 
 @cache
@@ -127,7 +126,7 @@ def copy_gb_per_s(num_bytes: int = 1 << 30) -> float:
     """What a copy on the device reaches, reads and writes counted: the roof of a row kernel."""
     source = torch.ones(num_bytes, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _median_ms(lambda: target.copy_(source), 9) / 1e6
+    return 2 * source.nbytes / _best_ms(lambda: target.copy_(source), 10) / 1e6
 
 
 @cache
@@ -136,7 +135,7 @@ def matmul_gflop_per_s(size: int | None = None) -> float:
     size = size or (8192 if DEVICE.type == "cuda" else 3072)
     a = torch.randn(size, size, device=DEVICE, dtype=DTYPE)
     out = torch.empty_like(a)
-    return 2 * size**3 / _median_ms(lambda: torch.mm(a, a, out=out), 7) / 1e6
+    return 2 * size**3 / _best_ms(lambda: torch.mm(a, a, out=out), 10) / 1e6
 
 
 def floor_ms(bytes_moved: int | None, flops: int | None) -> float | None:

@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -62,11 +63,12 @@ def _compiled_code() -> str:
     folder = tempfile.mkdtemp(prefix="bench-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
     torch.compile(torch.sin)(torch.zeros(1, device=DEVICE))
     return folder
 
 
-def _forget_compiled_code() -> None:
+def forget_compiled_code() -> None:
     """Makes the next compilation a whole one, so that its time means something."""
     folder = tempfile.mkdtemp(dir=_compiled_code())
     from torch._inductor.utils import clear_caches
@@ -76,15 +78,23 @@ def _forget_compiled_code() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at the first call, so that what is not called does not load the compiler."""
+
+    @cache
+    def ready() -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False)
+
+    return lambda *args, **options: ready()(*args, **options)
+
+
 def roster(peers: Mapping[str, Peer]) -> Roster:
     """Splits peers into those that run here and those that do not."""
     reasons = {name: _reason(peer) for name, peer in peers.items()}
     able = {name: peer for name, peer in peers.items() if not reasons[name]}
-    if any(peer.compile for peer in able.values()):
-        _forget_compiled_code()
     return Roster(
         functions={
-            name: torch.compile(peer.function, dynamic=False) if peer.compile else peer.function
+            name: _compiled(peer.function) if peer.compile else peer.function
             for name, peer in able.items()
         },
         not_run={name: reason for name, reason in reasons.items() if reason},

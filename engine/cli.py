@@ -33,6 +33,9 @@ COMMANDS = {
     "grace experiment": Command(
         "tercet.engine.grace.experiment:main", "all rows of the real-text table from one file"
     ),
+    "bench": Command(
+        "tercet.engine.bench:main", "every kernel beside its peers: time, memory, error"
+    ),
     "report": Command("tercet.engine.report:main", "one self-contained page about a run folder"),
     "doctor": Command(
         "tercet.engine.doctor:main", "versions, devices, and what each operation will run"

@@ -198,7 +198,7 @@ def test_peers_that_cannot_run_are_named_with_the_reason(tmp_path, capsys, monke
 
 def test_compilation_is_reported_apart_and_not_in_the_median(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    monkeypatch.setattr(peers, "_forget_compiled_code", lambda: None)
+    monkeypatch.setattr(harness, "forget_compiled_code", lambda: None)
     roster = peers.roster({"torch.compile": Peer(compiles_once(0.2), compile=True)})
     sides = {"ours": lambda: torch.zeros(10), **roster.functions}
     line = harness.run(_case(sides=sides, roster=roster), out=tmp_path / "toy.jsonl")
