@@ -245,7 +245,6 @@ def run(case: Case, benchmark: Any = None, out: Path | None = None) -> dict[str,
     facts = {"formula": case.formula, "sizes": dict(case.sizes), "mode": case.mode}
     facts |= {"device": DEVICE.type, "load_1min": load, **case.notes}
     facts |= environment((*case.roster.packages, *case.peers))
-    facts["timestamp"] = time.strftime("%Y-%m-%d %H:%M:%S")
     lines: dict[str, dict[str, Any]] = {}
     for name, timing in timings.items():
         line = {"op": case.op, "case": case.name, "side": name, **timing}

@@ -43,7 +43,7 @@ def _output(*command: str) -> str:
 
 @cache
 def environment(packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Machine, versions and commit of this process."""
+    """Machine, versions, commit and time of this process."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     cpu = found[1] if found else platform.processor()
@@ -58,6 +58,7 @@ def environment(packages: tuple[str, ...] = ()) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version for package, version in versions.items() if version},
+        "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": _output("git", "rev-parse", "--short", "HEAD") + ("+changes" if dirty else ""),
     }
 
