@@ -337,6 +337,7 @@ void half_types_round_to_nearest_even(std::string_view set) {
     if (!brain) {
       CHECK(narrow(65519.0F) == 0x7bff);
       CHECK(narrow(65520.0F) == 0x7c00);
+      CHECK(narrow(0x1.8p16F) == 0x7c00);
       CHECK(narrow(1e6F) == 0x7c00);
       CHECK(narrow(0x1p-24F) == 1);
       CHECK(narrow(0x1p-25F) == 0);
