@@ -106,7 +106,8 @@ def run(function, argv: list[str], prog: str) -> int:
         return 2
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
         logging.getLogger(__name__).debug("%s failed", prog, exc_info=True)
-        sys.stderr.write(f"{prog}: {error}\n")
+        told = str(error).removeprefix(f"{prog.split()[-1]}: ")  # named by the command already
+        sys.stderr.write(f"{prog}: {told}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{prog}: stopped; the same command goes on from the last checkpoint\n")

@@ -1,14 +1,13 @@
-"""Settings: frozen dataclasses, filled from a YAML file and from the command line.
+"""Settings: frozen dataclasses, filled from a YAML file and, in command_line.py, from options.
 
-A YAML file is validated strictly (an unknown key is an error that names the nearest known one),
-then every field can be overridden by `--key.subkey VALUE`.
+A YAML file is validated strictly: an unknown key is an error that names the nearest known one, and
+so is a key that is there twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import json
 import re
 import types
@@ -33,23 +32,39 @@ def _nested_dataclass(annotation: object) -> type | None:
     return None
 
 
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that is most like this one."""
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+
+
 def _reject_unknown(cls: type, data: dict, where: str, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise ConfigError(
-                f"{where}: unknown key '{prefix}{key}'; "
-                f"the nearest known one is '{prefix}{near[0]}'"
+                f"read_yaml: {where}: unknown key '{prefix}{key}'; "
+                f"the nearest known one is '{prefix}{nearest(str(key), known)}'"
             )
 
 
-def _yaml_loader() -> type:
-    """PyYAML's safe loader, but 1e-6 is a number as in YAML 1.2."""
+def _yaml_loader(path: str | Path) -> type:
+    """PyYAML's safe loader, but 1e-6 is a number as in YAML 1.2, and a key stands once."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_mapping_node(self, anchor):
+            node = super().compose_mapping_node(anchor)
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            first: dict[tuple[str, str], yaml.ScalarNode] = {}
+            for key in keys:
+                other = first.setdefault((key.tag, key.value), key)
+                if other is not key:
+                    raise ConfigError(
+                        f"read_yaml: a key must stand once, got {key.value!r} at "
+                        f"{path}:{key.start_mark.line + 1} and before that at line "
+                        f"{other.start_mark.line + 1}; delete one of them"
+                    )
+            return node
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
@@ -60,22 +75,29 @@ def read_yaml(path: str | Path, cls: type[ConfigT]) -> ConfigT:
     """The settings in a YAML file; keys that the file leaves out keep their defaults.
 
     Raises:
-        ConfigError: not readable, not a mapping, an unknown key, a value of the wrong kind, or a
-            required key that is not there.
+        ConfigError: not readable, not a mapping, an unknown key, one that stands twice, a value of
+            the wrong kind, or a required key that is not there.
     """
     try:
-        return _checked(_partial(cls, _load(path), str(path)))
+        return _checked(partial_record(cls, read_mapping(path), str(path)))
     except (ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"read_yaml: {path}: {error}") from error
 
 
-def _load(path: str | Path) -> dict:
+def read_mapping(path: str | Path) -> dict:
+    """What a YAML file holds; {} for an empty one.
+
+    Raises:
+        ConfigError: not readable, not a mapping, or a key that stands twice.
+    """
     import yaml
 
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _yaml_loader())
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _yaml_loader(path))
+    except ConfigError:
+        raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"read_yaml: {path} must be a readable YAML file, got: {what}") from error
@@ -87,7 +109,7 @@ def _load(path: str | Path) -> dict:
     return data
 
 
-def _partial(cls: type[ConfigT], data: dict, where: str, prefix: str = "") -> ConfigT:
+def partial_record(cls: type[ConfigT], data: dict, where: str, prefix: str = "") -> ConfigT:
     """A record with what `data` sets and with defaults; tyro.MISSING where neither has a value.
 
     Its own checks do not run yet: the command line may still change every field.
@@ -99,7 +121,7 @@ def _partial(cls: type[ConfigT], data: dict, where: str, prefix: str = "") -> Co
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         name, nested = field.name, _nested_dataclass(hints[field.name])
         if nested and isinstance(data.get(name), dict):
-            value = _partial(nested, data[name], where, f"{prefix}{name}.")
+            value = partial_record(nested, data[name], where, f"{prefix}{name}.")
         elif name in data:
             value = _validated(hints[name], data[name], f"{where}: {prefix}{name}")
         elif field.default is not dataclasses.MISSING:
@@ -107,7 +129,9 @@ def _partial(cls: type[ConfigT], data: dict, where: str, prefix: str = "") -> Co
         elif field.default_factory is not dataclasses.MISSING:
             value = field.default_factory()
         else:
-            value = _partial(nested, {}, where, f"{prefix}{name}.") if nested else tyro.MISSING
+            value = (
+                partial_record(nested, {}, where, f"{prefix}{name}.") if nested else tyro.MISSING
+            )
         object.__setattr__(record, name, value)
     return record
 
@@ -129,7 +153,9 @@ def _checked(record: ConfigT) -> ConfigT:
     for field in dataclasses.fields(record):  # type: ignore[arg-type]
         value = getattr(record, field.name)
         if value is tyro.MISSING:
-            raise ValueError(f"{type(record).__name__}: the key {field.name!r} is required")
+            raise ValueError(
+                f"{type(record).__name__}: the key {field.name!r} must be there, got none; add it"
+            )
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
         values[field.name] = _checked(value) if nested else value
     return type(record)(**values)
@@ -145,43 +171,6 @@ def _readable(error: Exception, where: str) -> str:
         key = ".".join([where, *map(str, item["loc"])])
         parts.append(f"{key}: {item['msg']}, got {item['input']!r}")
     return "; ".join(parts)
-
-
-def split_config_option(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Takes `--config FILE` (or `--config=FILE`) out of the arguments.
-
-    Raises:
-        ConfigError: --config without a file, or given twice.
-    """
-    path, rest, items = None, [], iter(argv)
-    for item in items:
-        if item == "--config" or item.startswith("--config="):
-            value = item.partition("=")[2] or next(items, None)
-            if value is None or path is not None:
-                raise ConfigError("--config: must be given once, with a YAML file behind it")
-            path = value
-        else:
-            rest.append(item)
-    return path, rest
-
-
-def load_config(cls: type[ConfigT], argv: Sequence[str], *, prog: str) -> ConfigT:
-    """Defaults, then `--config FILE.yaml`, then `--key.subkey VALUE`, each over the one before.
-
-    Raises:
-        ConfigError: see `read_yaml`; also a value that a settings class refuses.
-        SystemExit: 0 after --help, 2 after an argument that cannot be parsed.
-    """
-    import tyro
-
-    path, rest = split_config_option(argv)
-    default = _partial(cls, {} if path is None else _load(path), str(path))
-    text = f"{inspect.cleandoc(cls.__doc__ or '')}\n"
-    text += "--config FILE.yaml sets what the other options override."
-    try:
-        return tyro.cli(cls, args=rest, prog=prog, description=text, default=default)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{prog}: {error}") from error
 
 
 def to_yaml(config: object) -> str:

@@ -127,7 +127,9 @@ def load_run(folder: Path) -> Run:
         ValueError: a record that is not an object, or whose step is not an integer.
     """
     if not (folder / "metrics.jsonl").exists():
-        raise FileNotFoundError(f"report: {folder} must be a run folder, but has no metrics.jsonl")
+        raise FileNotFoundError(
+            f"report: {folder} must be a run folder, got no metrics.jsonl in it"
+        )
     metrics: dict[str, Series] = {}
     for record in read_jsonl(folder / "metrics.jsonl"):
         for key, value in record.items():
@@ -324,6 +326,10 @@ def main(argv: list[str], prog: str) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(f"usage: {prog} RUN [RUN ...]\n\n{__doc__}\n")
         return 0 if argv else 2
+    options = [word for word in argv if word.startswith("-")]
+    if options:
+        sys.stderr.write(f"{prog}: takes run folders and no options, got {options[0]}\n")
+        return 2
     for folder in argv:
         sys.stdout.write(f"{write_report(folder)}\n")
     return 0

@@ -21,7 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from tercet.engine.config import load_config, to_yaml
+from tercet.engine.command_line import load_config
+from tercet.engine.config import to_yaml
 from tercet.engine.demo.config import GraceDemoConfig
 from tercet.engine.demo.measure import read_with_rationales, read_without_rationales
 from tercet.engine.demo.results import DemoResults, Reading, Sample, read_results
@@ -288,7 +289,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     --evidence runs seeds 10, 11 and 12 and keeps the table; see `run_evidence`.
     """
     rest = [word for word in argv if word != "--evidence"]
-    config = load_config(GraceDemoConfig, rest, prog=prog)
+    config = load_config(GraceDemoConfig, rest, prog=prog, beside=["--evidence"])
     if len(rest) == len(argv):
         run_demo(config)
         return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tercet.engine.config import load_config
+from tercet.engine.command_line import load_config
 from tercet.engine.data import check_text, read_rows
 from tercet.engine.grace.config import GraceData
 from tercet.engine.records import Pooling

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tercet.engine.config import ConfigError, load_config, to_yaml
+from tercet.engine.command_line import load_config
+from tercet.engine.config import ConfigError, to_yaml
 from tercet.engine.data import read_rows
 from tercet.engine.files import replace_text
 from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tercet.engine.config import load_config, to_yaml
+from tercet.engine.command_line import load_config
+from tercet.engine.config import to_yaml
 from tercet.engine.grace.config import GraceConfig
 from tercet.engine.grace.data import Dataset, drop_overlong, load_dataset
 from tercet.engine.grace.prompts import PromptBuilder
@@ -83,7 +84,7 @@ def load_policy(config: GraceConfig) -> Policy:
 def main(argv: Sequence[str], prog: str) -> int:
     """`tercet grace train [--resume] [--config FILE.yaml] [--key.subkey VALUE ...]`."""
     rest = [word for word in argv if word != "--resume"]
-    config = load_config(GraceConfig, rest, prog=prog)
+    config = load_config(GraceConfig, rest, prog=prog, beside=["--resume"])
     train(config, resume=True if len(rest) < len(argv) else None)
     return 0
 
@@ -121,7 +122,7 @@ def _prove_isolation(policy: Policy, config: GraceConfig) -> None:
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.train.bf16):
             policy.prove_isolation()
     except FloatingPointError as error:
-        raise RuntimeError(f"train: {error}") from error
+        raise RuntimeError(str(error)) from error
 
 
 def _fitting(dataset: Dataset, policy: Policy, config: GraceConfig) -> Dataset:

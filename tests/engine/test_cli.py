@@ -51,8 +51,23 @@ def test_every_command_explains_itself(name):
 def test_a_failure_is_one_line_and_exit_status_1(tmp_path):
     done = tercet("report", str(tmp_path / "none"))
     assert done.returncode == 1
-    assert done.stderr.startswith("tercet report: ")
+    assert done.stderr.startswith(f"tercet report: {tmp_path}")  # and not "report: " once more
     assert "Traceback" not in done.stderr
+
+
+def test_wrong_usage_is_one_line_and_exit_status_2():
+    for args, said in {
+        ("grace", "train", "--modle", "x"): "unknown option '--modle'; the nearest known one is",
+        ("demo", "grace", "--evidenc"): "the nearest known one is '--evidence'",
+        ("report", "--bogus"): "takes run folders and no options, got --bogus",
+    }.items():
+        done = tercet(*args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(
+            f"tercet {' '.join(args[: 1 if args[0] == 'report' else 2])}: "
+        )
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_doctor_says_what_each_op_runs():

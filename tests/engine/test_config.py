@@ -1,10 +1,10 @@
-"""Settings from YAML and from the command line."""
+"""Settings from YAML."""
 
 from dataclasses import dataclass, field
 
 import pytest
 
-from tercet.engine.config import ConfigError, load_config, read_yaml, to_yaml
+from tercet.engine.config import ConfigError, read_mapping, read_yaml, to_yaml
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,25 +37,6 @@ def yaml_file(tmp_path):
     return write
 
 
-def test_file_then_command_line(yaml_file):
-    path = yaml_file("data: a.jsonl\ntrain:\n  learning_rate: 1e-5\n  max_steps: 3\n")
-    config = load_config(Outer, ["--config", path, "--train.max-steps", "7"], prog="t")
-    assert config == Outer(data="a.jsonl", train=Inner(learning_rate=1e-5, max_steps=7))
-
-
-def test_a_required_key_may_come_from_the_command_line(yaml_file):
-    path = yaml_file("mode: unsupervised\n")
-    config = load_config(Outer, [f"--config={path}", "--data", "x"], prog="t")
-    assert config == Outer(data="x", mode="unsupervised")
-
-
-def test_a_required_key_that_nobody_gives_is_a_usage_error(yaml_file, capsys):
-    with pytest.raises(SystemExit) as stop:
-        load_config(Outer, ["--config", yaml_file("seed: 1")], prog="t")
-    assert stop.value.code == 2
-    assert "--data" in capsys.readouterr().err
-
-
 def test_round_trip(yaml_file):
     config = Outer(data="ü: #1", train=Inner(learning_rate=3e-7))
     assert read_yaml(yaml_file(to_yaml(config)), Outer) == config
@@ -76,6 +57,15 @@ def test_round_trip(yaml_file):
         ("mode: x", "'data'"),
         ("data: &a {x: *a}", "data: .*"),
         ("data: " + "[" * 3000, "must be a readable YAML file"),
+        (
+            "data: a\nseed: 1\ndata: b",
+            r"once, got 'data' at .*c\.yaml:3 and before .* line 1; delete",
+        ),
+        (
+            "data: a\ntrain:\n  max_steps: 1\n  learning_rate: 1\n  max_steps: 1",
+            r"^read_yaml: a key must stand once, got 'max_steps' at .*c\.yaml:5 and .* line 3",
+        ),
+        ("data: a\ntrain: {max_steps: 1, max_steps: 2}", r"got 'max_steps' at .*c\.yaml:2 and"),
     ],
 )
 def test_a_bad_file_is_named_with_its_remedy(yaml_file, text, message):
@@ -83,9 +73,20 @@ def test_a_bad_file_is_named_with_its_remedy(yaml_file, text, message):
         read_yaml(yaml_file(text), Outer)
 
 
+def test_a_key_may_stand_again_elsewhere_and_over_a_merged_one(yaml_file):
+    path = yaml_file(
+        "outer: &o {data: a, train: {max_steps: 3}}\n"
+        "other: {<<: *o, data: b, train: {max_steps: 3}}"
+    )
+    assert read_mapping(path) == {
+        "outer": {"data": "a", "train": {"max_steps": 3}},
+        "other": {"data": "b", "train": {"max_steps": 3}},
+    }
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml must be a readable YAML file"):
-        load_config(Outer, ["--config", "nowhere.yaml"], prog="t")
+        read_yaml("nowhere.yaml", Outer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,29 +96,6 @@ class Nested:
     outer: Outer
 
 
-def test_a_nested_required_key_may_come_from_the_command_line(yaml_file):
-    path = yaml_file("outer: {mode: unsupervised}")
-    config = load_config(Nested, ["--config", path, "--outer.data", "x"], prog="t")
-    assert config == Nested(outer=Outer(data="x", mode="unsupervised"))
-    assert load_config(Nested, ["--outer.data", "x"], prog="t") == Nested(outer=Outer(data="x"))
-    with pytest.raises(ConfigError, match="'data' is required"):
-        read_yaml(path, Nested)
-
-
-@pytest.mark.parametrize("argv", [["--config"], ["--config", "a", "--config", "b"]])
-def test_config_option_is_given_once_with_a_file(argv):
-    with pytest.raises(ConfigError, match="must be given once"):
-        load_config(Outer, argv, prog="t")
-
-
-def test_an_unknown_option_names_the_nearest(capsys):
-    with pytest.raises(SystemExit) as stop:
-        load_config(Outer, ["--data", "x", "--train.max-step", "3"], prog="t")
-    assert stop.value.code == 2
-    assert "--train.max-steps" in capsys.readouterr().err
-
-
-def test_a_value_that_the_settings_refuse_is_a_usage_error(capsys):
-    with pytest.raises((SystemExit, ConfigError)):
-        load_config(Outer, ["--data", "x", "--train.learning-rate", "-1"], prog="t")
-    assert "learning_rate must be >= 0" in capsys.readouterr().err
+def test_a_nested_required_key_is_named(yaml_file):
+    with pytest.raises(ConfigError, match="Outer: the key 'data' must be there, got none"):
+        read_yaml(yaml_file("outer: {mode: unsupervised}"), Nested)

@@ -74,7 +74,7 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_place(tmp_path):
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"got no metrics\.jsonl in it"):
         write_report(tmp_path)
 
 

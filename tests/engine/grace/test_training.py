@@ -179,7 +179,7 @@ def test_hidden_states_that_overflow_write_nothing(make_config, model_folder, tm
     with torch.no_grad():
         policy.model.get_parameter("model.norm.weight").fill_(3e38)
     policy.save(model_folder)
-    with pytest.raises(RuntimeError, match=r"^train: Policy: hidden states of .* must be finite"):
+    with pytest.raises(RuntimeError, match=r"^Policy: hidden states of .* must be finite"):
         train(make_config())
     assert not (tmp_path / "run").exists()
 
