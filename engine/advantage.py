@@ -123,8 +123,8 @@ def _check(
     fixed = FIXED_SCALE.get(estimator)
     if fixed is not None and scale not in ("none", fixed):
         raise ValueError(
-            f"advantages: {estimator!r} scales by {fixed!r}, got scale_rewards={scale!r}; "
-            "leave it at 'none'"
+            f"advantages: scale_rewards must be 'none' or {fixed!r} under {estimator!r}, "
+            f"got {scale!r}; leave it at 'none'"
         )
     if (baseline is not None) != (estimator == "remax"):
         raise ValueError(

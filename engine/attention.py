@@ -226,8 +226,8 @@ def _flash(
 
     if dropout > 0:
         raise ValueError(
-            f"packed attention: varlen_attn has no dropout, got attention_dropout {dropout}; "
-            "set it to 0 in the model's config, or use attn='sdpa'"
+            "Policy.hidden: attention_dropout must be 0 with varlen_attn, which has none, got "
+            f"{dropout}; set it to 0 in the model's config, or use attn='sdpa'"
         )
     options = {"scale": scale, "window_size": (left, 0)}
     if "enable_gqa" in _varlen_options():
@@ -259,8 +259,8 @@ def _attend(
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(
-                f"packed attention: {unsupported} of {type(module).__name__} is not supported; "
-                "use a model without it"
+                f"Policy.hidden: attention of {type(module).__name__} must be plain softmax "
+                f"attention, got {unsupported}; use a model without it"
             )
     run = _sdpa_buckets if packed_layout.backend == "sdpa" else _flash
     q, k, v = (x[0].transpose(0, 1).to(packed_layout.dtype) for x in (query, key, value))

@@ -49,7 +49,7 @@ def read_rows(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"read_rows: the data file must exist, got {path}")
+        raise FileNotFoundError(f"read_rows: the data file must exist, got {path}; check the path")
     if not path.is_file():
         raise ValueError(
             f"read_rows: path must be a file, got the folder {path}; name one file in it"

@@ -79,7 +79,7 @@ def isolation_error(
     if not head_error <= tolerance:
         raise RuntimeError(
             f"Policy: logits of {name} must be hidden @ weight.T + bias, got relative error "
-            f"{head_error:.1e}; its head scales or caps logits, which is not supported"
+            f"{head_error:.1e}; use a model that neither scales nor caps its logits"
         )
     return error
 
@@ -93,8 +93,8 @@ def _check_weights(model: PreTrainedModel) -> None:
     if bad:
         raise RuntimeError(
             f"Policy: weights of {type(model).__name__} must be finite, got NaN or infinity in "
-            f"{len(bad)} of its parameters, first {bad[0]}; the weights are not finite: take "
-            "another checkpoint, or a dtype that they do not overflow"
+            f"{len(bad)} of its parameters, first {bad[0]}; take another checkpoint, "
+            "or a dtype that they do not overflow"
         )
 
 

@@ -299,8 +299,8 @@ def score(
     tokens = packed.loss_mask.nonzero().squeeze(1)  # [m]
     if (packed.positions[tokens] == 0).any():
         raise ValueError(
-            "score: loss_mask must not hold the first token of a row, which nothing predicts; "
-            "give every row a prompt"
+            "score: loss_mask must not hold the first token of a row, which nothing predicts, got "
+            f"it in {int((packed.positions[tokens] == 0).sum())} rows; give every row a prompt"
         )
     pool = None if embed is None else find_pool("score", embed)
     states = policy.states(packed, layer=LAST if pool is None else pool.layer)
@@ -332,11 +332,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _check_model(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"Policy: model must be a transformers PreTrainedModel, got {name}")
+        raise TypeError(
+            f"Policy: model must be a transformers PreTrainedModel, got {name}; "
+            "load it with AutoModelForCausalLM"
+        )
     config = model.config.get_text_config()
     causal = model.can_generate() and getattr(config, "is_causal", True)
     if not causal or config.is_encoder_decoder or model.get_output_embeddings() is None:
-        raise ValueError(f"Policy: model must be a causal language model with a head, got {name}")
+        raise ValueError(
+            f"Policy: model must be a causal language model with a head, got {name}; "
+            "load it with AutoModelForCausalLM"
+        )
     if model.base_model is model or not model._can_set_attn_implementation():
         raise ValueError(
             f"Policy: the attention of {name} must go through transformers' AttentionInterface; "
@@ -350,10 +356,11 @@ def _check_model(model: PreTrainedModel) -> None:
     if changed:
         raise ValueError(
             f"Policy: logits of {name} must be hidden @ weight.T + bias, got {changed} in its "
-            "config, which is not supported"
+            "config; use a model that neither scales nor caps its logits"
         )
     unknown = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
     if unknown:
         raise ValueError(
-            f"Policy: layers of {name} must be {sorted(KNOWN_LAYERS)}, got {sorted(unknown)}"
+            f"Policy: layers of {name} must be {sorted(KNOWN_LAYERS)}, got {sorted(unknown)}; "
+            "use a model without them"
         )

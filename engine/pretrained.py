@@ -52,7 +52,10 @@ def load_pretrained(
         _check_device(device)
     folder = Path(path).expanduser()
     if not folder.is_dir() and (isinstance(path, Path) or path.startswith(("/", ".", "~"))):
-        raise FileNotFoundError(f"Policy.from_pretrained: no folder {folder}")
+        raise FileNotFoundError(
+            f"Policy.from_pretrained: path must be a folder or a hub id, got no folder {folder}; "
+            "check the path"
+        )
     source = str(folder) if folder.is_dir() else str(path)
     with _loading(source, "model", "config.json and *.safetensors"):
         loaded = AutoModelForCausalLM.from_pretrained(

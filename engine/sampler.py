@@ -147,7 +147,7 @@ class _Text:
         if not math.isfinite(logp):
             raise FloatingPointError(
                 f"TransformersSampler: log-probs must be finite, got {logp} at completion token "
-                f"{len(self.ids)}; the weights have diverged"
+                f"{len(self.ids)}; the weights have diverged: take an earlier checkpoint"
             )
         self.ids.append(token)
         self.logp.append(logp)

@@ -140,7 +140,10 @@ class Contrastive:
             ValueError: no tokenizer; fewer rows than a batch; rows without a query for InfoNCE.
         """
         if policy.tokenizer is None:
-            raise ValueError("Contrastive: the policy must have a tokenizer, got None")
+            raise ValueError(
+                "Contrastive: the policy must have a tokenizer, got None; "
+                "save one beside the model, or pass it to Policy"
+            )
         if len(examples) < config.per_device_train_batch_size:
             raise ValueError(
                 f"Contrastive: there must be at least {config.per_device_train_batch_size} rows "
@@ -181,7 +184,7 @@ class Contrastive:
             if self.config.method == "simcse" and torch.allclose(q, d, rtol=1e-4, atol=1e-6):
                 raise RuntimeError(
                     "Contrastive: SimCSE needs two different views of a text, got equal ones; "
-                    "this model ignores its dropout"
+                    "this model ignores its dropout: take another, or method='info_nce'"
                 )
             return info_nce_loss(
                 q,

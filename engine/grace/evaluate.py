@@ -287,7 +287,10 @@ def held_out_loss(
         ValueError: no tokenizer, or no text of at least two tokens.
     """
     if policy.tokenizer is None:
-        raise ValueError("held_out_loss: the policy must have a tokenizer, got None")
+        raise ValueError(
+            "held_out_loss: the policy must have a tokenizer, got None; "
+            "save one beside the model, or pass it to Policy"
+        )
     rows = [list(policy.tokenizer.encode(text))[:max_length] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:

@@ -80,7 +80,10 @@ def test_group_of_one_is_fine_without_a_group_baseline():
         ({"estimator": "remax"}, "baseline must be given for 'remax'"),
         ({"baseline": REWARDS}, "baseline must be given for 'remax' and only"),
         ({"estimator": "remax", "baseline": REWARDS[:2]}, r"baseline must be \(6,\)"),
-        ({"estimator": "dapo", "scale_rewards": "batch"}, "'dapo' scales by 'group'"),
+        (
+            {"estimator": "dapo", "scale_rewards": "batch"},
+            "'none' or 'group' under 'dapo', got 'batch'",
+        ),
     ],
 )
 def test_bad_options(kwargs, message):
