@@ -124,6 +124,15 @@ def test_running_maximum_of_the_log_sum(impl, repulsion, order, device, monkeypa
     judge(impl, (d, q, None), form="info_nce", repulsion=repulsion, temperature=0.01)
 
 
+@pytest.mark.parametrize("repulsion", ["query", "document"])
+@every_impl
+def test_negatives_far_above_the_positive(impl, repulsion, device):
+    d = torch.tensor([[[-1.0, 0.0]]], device=device).expand(2, 1, 2)
+    q = -d[:, 0]
+    n = (q if repulsion == "query" else d[:, 0])[:, None]
+    judge(impl, (d, q, n), form="info_nce", repulsion=repulsion, temperature=0.01)
+
+
 @pytest.mark.parametrize("where", range(6))
 @every_impl
 def test_the_nearest_rollout_of_a_group_counts_wherever_it_is(impl, where, device, monkeypatch):
