@@ -1,8 +1,7 @@
 """Models and tokenizers from files: safetensors only, no remote code, clear refusals."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -57,7 +56,7 @@ def load_pretrained(
             "check the path"
         )
     source = str(folder) if folder.is_dir() else str(path)
-    with _loading(source, "model", "config.json and *.safetensors"):
+    with _Loading(source, "model", "config.json and *.safetensors"):
         loaded = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -93,23 +92,29 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         log.warning("Policy.from_pretrained: no tokenizer in %s", source)
         return None
-    with _loading(source, "tokenizer", "tokenizer.json and tokenizer_config.json"):
+    with _Loading(source, "tokenizer", "tokenizer.json and tokenizer_config.json"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-@contextmanager
-def _loading(source: str, what: str, files: str) -> Iterator[None]:
-    """Gives what transformers raises for unusable files one form."""
-    try:
-        yield
-    except BaseException as error:
-        # tokenizers raises bare Exception for a tokenizer.json that it cannot use
-        if not isinstance(error, UNLOADABLE) and type(error) is not Exception:
-            raise
-        raise ValueError(
-            f"Policy.from_pretrained: {source} must hold a loadable {what}, got "
-            f"{_first_line(error)}; compare {files} with the original, or save it again"
-        ) from error
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """Within, what transformers raises for unusable files takes one form."""
+
+    source: str
+    what: str
+    files: str
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        # tokenizers raises Exception itself, no subclass, for a tokenizer.json that it cannot use
+        if error is not None and (isinstance(error, UNLOADABLE) or kind is Exception):
+            raise ValueError(
+                f"Policy.from_pretrained: {self.source} must hold a loadable {self.what}, got "
+                f"{_first_line(error)}; compare {self.files} with the original, or save it again"
+            ) from error
 
 
 def _check_device(device: torch.device | str) -> None:
