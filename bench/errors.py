@@ -32,9 +32,11 @@ def lines_of(bench: str) -> Iterator[dict[str, Any]]:
         facts |= {"inputs": inputs, "sizes": dict(case.sizes), "device": harness.DEVICE.type}
         facts |= harness.environment(case.roster.packages)
         judged_case = replace(case, probes=eager, limit=math.inf)  # shown, not refused
-        for side, judged in harness.judge(judged_case).items():
-            yield {**facts, "side": side, **harness.error_facts(judged.errors)}
-        for side, reason in case.roster.not_run.items():
+        judged = harness.judge(judged_case)
+        failures = {side: found.failure for side, found in judged.items() if found.failure}
+        for side in [side for side in judged if side not in failures]:
+            yield {**facts, "side": side, **harness.error_facts(judged[side].errors)}
+        for side, reason in (case.roster.not_run | failures).items():
             yield {**facts, "side": side, "not_run": reason}
 
 

@@ -116,7 +116,7 @@ def measure(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
         facts |= {"floor_ms": machine.floor_ms(case.bytes_moved, case.flops)}
         facts |= {"stored_mb": sweep.stored(dict(case.sizes)) / 1e6}
         facts |= {"device": harness.DEVICE.type, **harness.environment()}
-        times = harness.time_sides(case, {})
+        times = harness.time_sides(case, harness.warm_up(case, {})[0])
         for name, side in sides.items():
             extra_mb = harness.extra_bytes(side) / 1e6
             lines.append({**facts, "side": name, **times[name], "extra_mb": extra_mb})

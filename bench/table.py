@@ -62,7 +62,10 @@ def number(ms: float) -> str:
 
 
 def size_of(error: float | None) -> str:
-    return "not finite" if error is None else f"{error:.0e}"
+    if error is None:
+        return "not finite"
+    digit, _, power = f"{error:.0e}".partition("e")
+    return "0" if error == 0 else f"{digit}e{int(power)}"
 
 
 def facts_of(line: Line) -> str:
@@ -125,24 +128,27 @@ def grid(rows: list[list[str]]) -> str:
     return "\n".join([head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *body])
 
 
-def shown_error(line: Line | None) -> str:
-    """The largest error and its output."""
-    if line is None or "error" not in line:
+def shown_errors(line: Line | None, outputs: list[str]) -> str:
+    """The error of every output."""
+    if line is None:
         return "-"
-    return f"{size_of(line['error'])} {line['error_in']}"
+    found = line["errors"]
+    return " / ".join(size_of(found[name]) if name in found else "-" for name in outputs)
 
 
 def errors_table(lines: list[Line]) -> str:
-    """Cases down, sides across; sides that did not run are left out."""
+    """Cases down, sides that ran across; the corner names the outputs."""
     ran = [line for line in lines if "not_run" not in line]
     sides = list(dict.fromkeys(line["side"] for line in ran))
+    outputs = list(max((line["errors"] for line in ran), key=len))
     cases: dict[str, dict[str, Line]] = {}
     for line in ran:
         cases.setdefault(line["case"], {})[line["side"]] = line
     rows = [
-        [case, *(shown_error(found.get(side)) for side in sides)] for case, found in cases.items()
+        [case, *(shown_errors(found.get(side), outputs) for side in sides)]
+        for case, found in cases.items()
     ]
-    return grid([["", *sides], *rows])
+    return grid([[" / ".join(outputs), *sides], *rows])
 
 
 def errors_of(op: str) -> str:

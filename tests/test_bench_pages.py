@@ -18,6 +18,7 @@ def line(side, slower=1.0, **changes):
         "machine": "a machine", "versions": {"torch": "2.13"}, "commit": "abc", "mode": "fwd+bwd",
         "sizes": {"N": 8, "V": 16, "dtype": "float32"}, "timestamp": "2026-01-01 00:00:00",
         "error": 3e-7, "error_in": "dhidden", "share_of_floor": 0.5,
+        "errors": {"logp": 0.0, "dhidden": 3e-7},
     }  # fmt: skip
     return facts | changes
 
@@ -47,8 +48,8 @@ def test_tables_hold_ours_then_the_fastest_and_no_side_that_did_not_run(results)
     results("linear_logp", LINES)
     shown = table.block("speed", "linear_logp")
     assert (
-        "| N=8 V=16 float32, fwd+bwd | 10.00 ms, 50% of the floor, 1 MB, 3e-07 "
-        "| bound 0.10x, 1 MB, 3e-07<br>fast 0.50x, 1 MB, 3e-07<br>slow 2.00x, 1 MB, not finite |"
+        "| N=8 V=16 float32, fwd+bwd | 10.00 ms, 50% of the floor, 1 MB, 3e-7 "
+        "| bound 0.10x, 1 MB, 3e-7<br>fast 0.50x, 1 MB, 3e-7<br>slow 2.00x, 1 MB, not finite |"
     ) in shown
     assert "CUDA: not measured." in shown
     assert "bound" not in table.readme_table()
@@ -78,14 +79,16 @@ def test_what_was_not_run_is_listed_with_the_reason(results):
 
 
 def test_errors_stand_side_by_side(results):
-    cases = [line("ours", case="float32 peaked"), line("peer", case="float32 peaked", error=None)]
-    results("errors", [*cases, line("ours", case="bfloat16 peaked")])
-    shown = table.block("errors", "linear_logp").splitlines()
-    assert shown[0].split() == ["|", "|", "ours", "|", "peer", "|"]
-    assert shown[2].split("|")[1:4] == [
-        " float32 peaked  ", " 3e-07 dhidden ", " not finite dhidden ",
-    ]  # fmt: skip
-    assert shown[3].split("|")[3].strip() == "-"
+    poisoned = {"errors": {"dhidden": None}, "error": None}
+    cases = [line("ours", case="float32 peaked"), line("peer", case="float32 peaked", **poisoned)]
+    results("errors", [*cases, line("ours", case="bfloat16 peaked"), *LINES[-1:]])
+    shown = [row.split("|")[1:-1] for row in table.block("errors", "linear_logp").splitlines()]
+    assert [[cell.strip() for cell in row] for row in shown] == [
+        ["logp / dhidden", "ours", "peer"],
+        ["-" * 17, "-" * 10, "-" * 16],
+        ["float32 peaked", "0 / 3e-7", "- / not finite"],
+        ["bfloat16 peaked", "0 / 3e-7", "-"],
+    ]
 
 
 def test_only_what_stands_between_markers_is_rewritten(results):

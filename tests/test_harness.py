@@ -8,6 +8,7 @@ import time
 import accuracy
 import harness
 import machine
+import measure
 import peers
 import pytest
 import torch
@@ -207,6 +208,21 @@ def test_compilation_is_reported_apart_and_not_in_the_median(tmp_path, monkeypat
     assert "compile_s" not in line["ours"]
 
 
+def test_a_peer_that_fails_is_reported_and_ours_is_not_excused(tmp_path):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("no room for the logits\nand a long story")
+
+    truth = {"gate": None, "truth": lambda: torch.zeros(10), "outputs": ("y",), "limit": 1.0}
+    sides = {"ours": lambda: torch.zeros(10), "peer": out_of_memory}
+    for name, facts in (("judged", truth), ("warmed up", {}), ("probed", {**truth, "probes": {}})):
+        out = tmp_path / f"{name}.jsonl"
+        harness.run(_case(sides=sides, **facts), out=out)
+        failure = _written(out)["peer"]["not_run"]
+        assert failure == "failed: OutOfMemoryError: no room for the logits"
+    with pytest.raises(torch.OutOfMemoryError):
+        harness.run(_case(sides={"ours": out_of_memory}), out=tmp_path / "toy.jsonl")
+
+
 def compiles_once(seconds):
     todo = [seconds]
 
@@ -228,11 +244,11 @@ def test_a_slow_side_runs_fewer_rounds_spread_over_the_run(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(harness, "time_once", lambda call, cold=True: float(call()))
-    sides = {"ours": side("ours", 1), "slow": side("slow", harness.SIDE_BUDGET_MS / 4)}
-    found = harness.time_sides(_case(sides=sides, rounds=12), {})
+    monkeypatch.setattr(measure, "time_once", lambda call, cold=True: float(call()))
+    sides = {"ours": side("ours", 1), "slow": side("slow", measure.SIDE_BUDGET_MS / 4)}
+    found = measure.time_sides(_case(sides=sides, rounds=12), {})
     assert found["ours"]["rounds"] == 12
     assert found["slow"]["rounds"] == 4
-    turns = [i for i, name in enumerate(order[2:]) if name == "slow"]  # without the warm-up
+    turns = [i for i, name in enumerate(order) if name == "slow"]
     assert max(b - a for a, b in itertools.pairwise(turns)) <= 5
     assert turns[-1] > 8
