@@ -91,7 +91,7 @@ def _torch_fwd(
     ids = torch.arange(num_groups, device=d.device) if group_ids is None else group_ids
 
     inv_d, consistency = _within_groups(d)
-    positive = torch.bmm(d, q[..., None])[..., 0].mul_(inv_d)
+    positive = torch.bmm(q[:, None], d.mT)[:, 0].mul_(inv_d)  # d @ q: 9x slower
     to_negatives = (d @ n.mT).mul_(inv_d[..., None]) if document else q[:, None] @ n.mT
     if form == "info_nce":
         cross, num_other = _cross_torch(
