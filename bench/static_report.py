@@ -98,7 +98,10 @@ class Report(NamedTuple):
         return min(SM_BLOCKS, SM_WARPS // warps, by_registers, by_shared)
 
     def width(self, pointer: str) -> int:
-        """Bytes per thread of the narrowest access, but for those that are a tenth of the bytes."""
+        """Bytes per thread of the narrowest access, but for those that are a tenth of the bytes.
+
+        0 where a variant of the kernel has no use for the pointer.
+        """
         widths = sorted(a.width for a in self.accesses if a.pointer == pointer)
         moved = 0
         for width in widths:
@@ -124,7 +127,7 @@ def faults(report: Report) -> list[str]:
         found.append(f"local memory: {report.local} bytes per thread")
     found += [f"32-bit product: {line}" for line in report.narrow_products]
     for pointer in design.wide:
-        if (width := report.width(pointer)) < 16:
+        if 0 < (width := report.width(pointer)) < 16:
             found.append(f"{pointer}: {width} bytes per thread, not 16")
     for store, names in ((False, "LDG|LDGSTS"), (True, "STG")):
         asked = sum(a.store == store and a.width >= 16 for a in report.accesses)
@@ -254,33 +257,40 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def pooled(dtype: torch.dtype, batch: int, t: int, hidden: int, *, packed: bool) -> Launch:
-    """Forward and backward of masked_mean or segment_mean with a mask and a norm."""
+def pooled(
+    dtype: torch.dtype, batch: int, t: int, hidden: int, *, packed: bool, everything: bool = True
+) -> Launch:
+    """Forward and backward of masked_mean or segment_mean, with a mask and a norm or without."""
     x = _meta(batch * t, hidden, dtype=dtype) if packed else _meta(batch, t, hidden, dtype=dtype)
     cu = _meta(batch + 1, dtype=torch.int32) if packed else None
-    mask = _meta(*x.shape[:-1], dtype=torch.bool)
+    mask = _meta(*x.shape[:-1], dtype=torch.bool) if everything else None
 
     def run() -> None:
-        y, count, norm = mean.forward(x, cu, mask, True)
-        mean.backward(torch.empty_like(y), y, count, norm, cu, mask, torch.empty_like(x), True)
+        y, count, norm = mean.forward(x, cu, mask, everything)
+        dy, dx = torch.empty_like(y), torch.empty_like(x)
+        mean.backward(dy, y, count, norm, cu, mask, dx, everything)
 
-    op = "segment_mean" if packed else "masked_mean"
+    op = f"{'segment' if packed else 'masked'}_mean{'' if everything else ' plain'}"
     name = f"{op} {batch}x{t}x{hidden} {str(dtype).removeprefix('torch.')}"
-    return Launch(name, run, 2 * x.nbytes + 2 * mask.nbytes)
+    return Launch(name, run, 2 * (x.nbytes + (0 if mask is None else mask.nbytes)))
 
 
 def rewarded(
-    dtype: torch.dtype, groups: int, rollouts: int, hidden: int, *, lse: bool, document: bool
-) -> Launch:
-    """Forward of contrastive_reward with seven negatives per group and group ids."""
+    dtype: torch.dtype, groups: int, rollouts: int, hidden: int,
+    *, lse: bool, document: bool, everything: bool = True,
+) -> Launch:  # fmt: skip
+    """Forward of contrastive_reward with seven negatives per group and group ids, or without."""
     d = _meta(groups, rollouts, hidden, dtype=dtype)
-    q, n = _meta(groups, hidden, dtype=dtype), _meta(groups, 7, hidden, dtype=dtype)
-    ids = _meta(groups, dtype=torch.int64)
+    q = _meta(groups, hidden, dtype=dtype)
+    n = _meta(groups, 7, hidden, dtype=dtype) if everything else None
+    ids = _meta(groups, dtype=torch.int64) if everything else None
     options: Any = {"lse": lse, "document": document, "temperature": 0.1, "weights": (1, 0.2, 0.2)}
     shape = f"{groups}x{rollouts}x{hidden} {str(dtype).removeprefix('torch.')}"
     mode = f"{'document' if document else 'query'}{' info_nce' if lse else ''}"
+    mode += "" if everything else " plain"
     run = partial(reward.forward, d, q, n, ids, **options)
-    return Launch(f"contrastive_reward {mode} {shape}", run, d.nbytes + q.nbytes + n.nbytes)
+    moved = sum(x.nbytes for x in (d, q, n, ids) if x is not None)
+    return Launch(f"contrastive_reward {mode} {shape}", run, moved)
 
 
 def scored(
@@ -333,13 +343,15 @@ LAUNCHES = [
     pooled(FP32, 64, 2048, 4096, packed=False),
     pooled(BF16, 64, 2048, 4096, packed=True),
     pooled(FP32, 1024, 128, 1024, packed=True),
+    pooled(BF16, 64, 2048, 1024, packed=True, everything=False),
     pooled(torch.float64, 8, 512, 1024, packed=True),
     rewarded(BF16, 8192, 8, 2048, lse=False, document=False),
     rewarded(BF16, 8192, 8, 2048, lse=True, document=True),
     rewarded(FP16, 1024, 4, 1024, lse=True, document=False),
     rewarded(FP32, 1024, 8, 1024, lse=False, document=False),
-    rewarded(FP32, 1024, 8, 1024, lse=False, document=True),
+    rewarded(FP32, 1024, 8, 1024, lse=False, document=True, everything=False),
     rewarded(FP32, 1024, 8, 1024, lse=True, document=False),
+    rewarded(FP32, 1024, 8, 1024, lse=True, document=True, everything=False),
     scored(BF16, BF16, 8192, 151_936, entropy=False),
     scored(BF16, BF16, 16_384, 151_936, entropy=True),
     scored(FP32, FP32, 4096, 128_256, entropy=True),

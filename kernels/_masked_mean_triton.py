@@ -53,7 +53,7 @@ def _slot_range(
         row = slot // splits
         first = (slot % splits) * SPLIT_T
         length = t - first
-    return row, first, tl.minimum(length, SPLIT_T)
+    return row, first, tl.maximum(tl.minimum(length, SPLIT_T), 0).to(tl.int32)
 
 
 @triton.jit

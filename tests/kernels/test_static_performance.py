@@ -72,9 +72,14 @@ def _main() -> None:
     """Writes two objects: faults of "kernel arch", and of each broken launch for one GPU."""
     report.DESIGN["_narrow"] = report.Design((), blocks=1)
     found: dict[str, list[str]] = {}
-    for item in report.reports(report.LAUNCHES):
+    items = report.reports(report.LAUNCHES)
+    used = {(item.kernel, access.pointer) for item in items for access in item.accesses}
+    for item in items:
+        unused = [p for p in item.design().wide if (item.kernel, p) not in used]
+        found[f"{item.kernel} {item.arch}"] = [f"{p}: no such pointer" for p in unused]
+    for item in items:
         faults = [f"{item.launch}: {fault}" for fault in report.faults(item)]
-        found.setdefault(f"{item.kernel} {item.arch}", []).extend(faults)
+        found[f"{item.kernel} {item.arch}"] += faults
     del report.DESIGN["_cross_fwd f32"]  # so that float32 is asked for tensor cores
     broken = {
         name: [
