@@ -27,7 +27,7 @@ def under(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def test_kernels_import_only_torch_triton_numpy():
+def test_kernels_import_only_torch_triton_numpy_and_their_compiled_rows():
     for path in (ROOT / "kernels").rglob("*.py"):
         for name in imports(path):
             allowed = name.split(".")[0] in sys.stdlib_module_names or any(
@@ -111,5 +111,5 @@ def test_type_checkers_see_an_editable_install():
     typing = ROOT / "build" / "typing" / "tercet"
     if not typing.exists():
         pytest.fail("build/typing is missing; install with `pip install --no-build-isolation -e .`")
-    for name in ("kernels", "engine", "_mcts.pyi", "__init__.py", "py.typed"):
+    for name in ("kernels", "engine", "_mcts.pyi", "_rows.pyi", "__init__.py", "py.typed"):
         assert (typing / name).exists(), f"{name} is not linked into build/typing"

@@ -1,5 +1,5 @@
 """Compiled row kernels, each instruction set by name, through token_logp and by themselves."""
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 from functools import partial
 
