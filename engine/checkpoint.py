@@ -1,7 +1,8 @@
 """Checkpoints: Hugging Face folders plus what an exact resume needs.
 
-checkpoint-N/ holds the model and tokenizer as `save_pretrained` writes them, optimizer.pt, rng.pt,
-trainer_state.json, and manifest.json with the size and SHA-256 of every other file.  It is written
+checkpoint-N/ holds the model and tokenizer as `save_pretrained` writes them, tercet.json with the
+settings of the run, optimizer.pt, rng.pt, trainer_state.json, and manifest.json with the size and
+SHA-256 of every other file.  It is written
 as checkpoint-N.tmp, flushed to the disk, then renamed; only then does `latest` name it.  So a kill
 or a full disk at any moment leaves the checkpoint before it as it was.
 """
@@ -28,6 +29,7 @@ from tercet.engine.files import replace_text
 from tercet.engine.model import Policy
 
 MANIFEST, STATE, OPTIMIZER, RNG = "manifest.json", "trainer_state.json", "optimizer.pt", "rng.pt"
+RUN = "tercet.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,6 +48,7 @@ def save_checkpoint(
     optimizer: Optimizer,
     state: Mapping[str, Any],
     *,
+    run: Mapping[str, Any],
     save_total_limit: int | None = None,
 ) -> Path:
     """Writes folder/checkpoint-{step}, points `latest` at it, and removes the oldest ones.
@@ -53,6 +56,7 @@ def save_checkpoint(
     Args:
         folder: of the run.
         state: the trainer's own, as JSON can hold it.
+        run: what `read_run` gives back, wherever the checkpoint is copied to; as JSON can hold it.
         save_total_limit: how many checkpoints stay; None: all.
 
     Raises:
@@ -68,6 +72,7 @@ def save_checkpoint(
             policy.save(temporary)
         _save_tensors(temporary / OPTIMIZER, optimizer.state_dict())
         _save_tensors(temporary / RNG, _rng_state())
+        (temporary / RUN).write_text(json.dumps(run, indent=2) + "\n")
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         files = {str(p.relative_to(temporary)): _fingerprint(p) for p in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2))
@@ -107,6 +112,29 @@ def load_latest(
             "restore one from a copy, or start again in another folder"
         )
     return None
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it (`RunLog.about`); {} when it says nothing.
+
+    Raises:
+        ValueError: its tercet.json is not a JSON object.
+    """
+    path = checkpoint / RUN
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"read_run: {path} must be a JSON object, got {error}; copy the checkpoint again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"read_run: {path} must be a JSON object, got {type(found).__name__}; "
+            "copy the checkpoint again"
+        )
+    return found
 
 
 def find_fault(checkpoint: Path) -> str | None:

@@ -34,7 +34,7 @@ def load_config(
     import tyro
 
     path, rest = split_config_option(argv)
-    default = partial_record(cls, {} if path is None else read_mapping(path), str(path))
+    default = partial_record(cls, {} if path is None else read_mapping(path), f"read_yaml: {path}")
     text = f"{inspect.cleandoc(cls.__doc__ or '')}\n"
     text += "--config FILE.yaml sets what the other options override."
     said = io.StringIO()

@@ -42,7 +42,7 @@ def _reject_unknown(cls: type, data: dict, where: str, prefix: str) -> None:
     for key in data:
         if key not in known:
             raise ConfigError(
-                f"read_yaml: {where}: unknown key '{prefix}{key}'; "
+                f"{where}: unknown key '{prefix}{key}'; "
                 f"the nearest known one is '{prefix}{nearest(str(key), known)}'"
             )
 
@@ -78,12 +78,26 @@ def read_yaml(path: str | Path, cls: type[ConfigT]) -> ConfigT:
         ConfigError: not readable, not a mapping, an unknown key, one that stands twice, a value of
             the wrong kind, or a required key that is not there.
     """
+    return read_record(cls, read_mapping(path), f"read_yaml: {path}")
+
+
+def read_record(cls: type[ConfigT], data: dict, where: str) -> ConfigT:
+    """A record from plain values, each checked strictly; what is left out keeps its default.
+
+    Args:
+        cls: a dataclass.
+        data: as JSON or YAML hold it.
+        where: `function: file`, for error messages.
+
+    Raises:
+        ConfigError: as `read_yaml`.
+    """
     try:
-        return _checked(partial_record(cls, read_mapping(path), str(path)))
+        return _checked(partial_record(cls, data, where))
     except (ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"read_yaml: {path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def read_mapping(path: str | Path) -> dict:
@@ -142,7 +156,7 @@ def _validated(annotation: Any, value: object, where: str) -> object:
     try:
         return pydantic.TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
     except (ValueError, TypeError, RecursionError) as error:  # ValidationError is a ValueError
-        raise ConfigError(f"read_yaml: {_readable(error, where)}") from error
+        raise ConfigError(_readable(error, where)) from error
 
 
 def _checked(record: ConfigT) -> ConfigT:
@@ -173,9 +187,13 @@ def _readable(error: Exception, where: str) -> str:
     return "; ".join(parts)
 
 
+def to_plain(config: object) -> dict[str, Any]:
+    """The settings as JSON can hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[arg-type]
+
+
 def to_yaml(config: object) -> str:
     """The settings as YAML that `read_yaml` reads back to an equal record."""
     import yaml
 
-    data = json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[arg-type]
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tercet.engine.config import to_yaml
+from tercet.engine.config import to_plain, to_yaml
 from tercet.engine.environment import environment
 from tercet.engine.files import append_jsonl, read_jsonl, replace_text, rewind_jsonl
 
@@ -39,6 +39,7 @@ class RunLog:
         self.folder = folder
         self.step = 0  # the step that warnings belong to; the trainer moves it on
         self.total_steps = total_steps
+        self.about: dict[str, Any] = {}  # of the run; every checkpoint holds it
         self._console = Console(file=file, highlight=False)
         self._live = Live(console=self._console, auto_refresh=False)
         self._tensorboard = None
@@ -67,6 +68,8 @@ class RunLog:
         Raises:
             FileExistsError: the folder holds a run and resume is false.
         """
+        import tercet
+
         folder = Path(folder)
         found = [name for name in ("config.yaml", *ROW_FILES) if (folder / name).exists()]
         if found and not resume:
@@ -76,6 +79,7 @@ class RunLog:
             )
         folder.mkdir(parents=True, exist_ok=True)
         log = cls(folder, total_steps=total_steps, file=file)
+        log.about = {"tercet": tercet.__version__, "settings": to_plain(config)}
         text = to_yaml(config)
         if found:
             for name in ROW_FILES:

@@ -302,6 +302,7 @@ class Trainer:
             self.policy,
             self.optimizer,
             {"told": sorted(self._told)},
+            run=self.log.about,
             save_total_limit=self.config.save_total_limit,
         )
 

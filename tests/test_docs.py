@@ -25,8 +25,11 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert checkpoint is not None
     folder = Path(checkpoint[1])
     build_policy(build_tokenizer(World(0).corpus())).save(folder)  # untaught
-    settings = {"data": {"system_prompt": SYSTEM_PROMPT, "max_prompt_length": 64}}
-    (folder.parent / "config.yaml").write_text(json.dumps(settings))
+    settings = {
+        "data": {"system_prompt": SYSTEM_PROMPT, "max_prompt_length": 64},
+        "max_completion_length": 14,
+    }
+    (folder / "tercet.json").write_text(json.dumps({"settings": settings}))
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
     assert len(blocks("python")) == 2

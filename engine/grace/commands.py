@@ -28,7 +28,7 @@ class EncodeConfig:
     output_dir: str  # gets vectors.safetensors (float32 [n, hidden]) and rationales.jsonl
     column: str = "text"
     generate: bool = True  # False: embed the prompt alone
-    max_completion_length: int = 256
+    max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0
     pooling: Pooling | None = None  # None: as the model was trained
@@ -84,7 +84,7 @@ class EvalConfig:
     model: str  # checkpoint folder, or any causal LM with a chat template
     data: GraceData
     sts: str | None = None  # .jsonl or .parquet with sentence1, sentence2 and score
-    max_completion_length: int = 256
+    max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float = 1.0
     seed: int = 0
     pooling: Pooling | None = None  # None: as the model was trained

@@ -85,6 +85,22 @@ class GraceEval:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSettings:
+    """How a trained model embeds texts; a checkpoint holds them among the settings of its run."""
+
+    system_prompt: str = SYSTEM_PROMPT
+    max_prompt_length: int = 1024  # tokens, template included
+    max_completion_length: int = 256  # tokens of a rationale; 256 is the knee that the paper saw
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_length", "max_completion_length"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"EncoderSettings: {name} must be >= 1, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraceConfig:
     """Train a language model to write rationales whose pooled hidden states embed the text.
 

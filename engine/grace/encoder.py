@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
+from tercet.engine.checkpoint import RUN, read_run
+from tercet.engine.config import read_record
+from tercet.engine.grace.config import EncoderSettings
 from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
 from tercet.engine.model import Policy, evaluating
 from tercet.engine.pooling import find_pool
@@ -57,6 +59,7 @@ class GraceEncoder:
         *,
         max_prompt_length: int = 1024,
         system_prompt: str = SYSTEM_PROMPT,
+        max_completion_length: int = 256,
         pooling: Pooling = "mean",
         max_batch_size: int = 64,
         max_tokens_per_batch: int = 16_384,
@@ -67,6 +70,7 @@ class GraceEncoder:
             policy: with a tokenizer that has a chat template.
             max_prompt_length: tokens, template included; a longer text loses its end.
             system_prompt: the one the policy was trained with.
+            max_completion_length: token budget of a rationale, where `encode` is given none.
             pooling: how hidden states become a vector; the one the policy was trained with.
             max_batch_size: rationales written at once; memory and speed only.
             max_tokens_per_batch: of a forward pass without generation; memory only.
@@ -86,6 +90,7 @@ class GraceEncoder:
             policy.tokenizer, max_prompt_length=max_prompt_length, system_prompt=system_prompt
         )
         self.pooling: Pooling = pooling
+        self.max_completion_length = max_completion_length
         self.max_tokens_per_batch = max_tokens_per_batch
         self.sampler: Sampler = TransformersSampler(policy, max_batch_size=max_batch_size)
 
@@ -99,6 +104,7 @@ class GraceEncoder:
         attn: str = "auto",
         max_prompt_length: int | None = None,
         system_prompt: str | None = None,
+        max_completion_length: int | None = None,
         pooling: Pooling | None = None,
         max_batch_size: int = 64,
     ) -> GraceEncoder:
@@ -109,22 +115,25 @@ class GraceEncoder:
             dtype: of the weights.
             device: None: the CPU.
             attn: see `Policy`.
-            max_prompt_length: None: as in the config.yaml of the run that the folder lies in,
-                else 1024.
-            system_prompt: None: as in that config.yaml, else `SYSTEM_PROMPT`.
-            pooling: None: as in that config.yaml, else "mean".
+            max_prompt_length: None: as in training, which a checkpoint's tercet.json says; without
+                that file, as in `EncoderSettings`.
+            system_prompt: None: likewise.
+            max_completion_length: None: likewise.
+            pooling: None: likewise.
             max_batch_size: see `GraceEncoder`.
 
         Raises:
-            FileNotFoundError, ValueError: as `Policy.from_pretrained` and `GraceEncoder`.
+            FileNotFoundError, ValueError: as `Policy.from_pretrained` and `GraceEncoder`; a
+                tercet.json that cannot be used.
         """
+        settings = asdict(_trained_with(Path(folder).expanduser()))
         policy = Policy.from_pretrained(folder, dtype=dtype, device=device, attn=attn)
         given = {
             "max_prompt_length": max_prompt_length,
             "system_prompt": system_prompt,
+            "max_completion_length": max_completion_length,
             "pooling": pooling,
         }
-        settings = _trained_with(Path(folder))
         settings |= {key: value for key, value in given.items() if value is not None}
         return cls(policy, max_batch_size=max_batch_size, **settings)
 
@@ -133,7 +142,7 @@ class GraceEncoder:
         texts: Sequence[str],
         *,
         generate: bool = True,
-        max_completion_length: int = 256,
+        max_completion_length: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -149,7 +158,7 @@ class GraceEncoder:
         Args:
             texts: a list, not one string.
             generate: False embeds the templated prompt alone: no rationale, one forward pass.
-            max_completion_length: token budget of a rationale; 256 is the knee that the paper saw.
+            max_completion_length: token budget of a rationale; None: the encoder's.
             temperature: 0 is greedy.
             top_p: nucleus, in (0, 1].
             top_k: 0 keeps the whole vocabulary.
@@ -164,8 +173,9 @@ class GraceEncoder:
                 refuses, or hidden states that are not finite.
         """
         _check_texts(texts)
+        length = max_completion_length
         params = SamplingParams(
-            max_completion_length=max_completion_length,
+            max_completion_length=self.max_completion_length if length is None else length,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -298,17 +308,18 @@ def _seed(seed: int | None, text: str, sample: int) -> int | None:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def _trained_with(checkpoint: Path) -> dict[str, Any]:
-    """How texts were embedded in the run that the checkpoint lies in; {} outside of a run."""
-    path = checkpoint.resolve().parent / "config.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _trained_with(checkpoint: Path) -> EncoderSettings:
+    """How texts were embedded in the run that wrote the checkpoint."""
+    where = f"GraceEncoder.from_pretrained: {checkpoint / RUN}"
+    settings = read_run(checkpoint).get("settings", {})
     if not isinstance(settings, dict):
-        return {}
+        raise ValueError(f"{where}: settings must be an object, got {type(settings).__name__}")
     # GRACE's settings keep the prompt under data, those of a contrastive baseline at the top.
     data = settings.get("data")
-    settings |= data if isinstance(data, dict) else {}
-    names = ("max_prompt_length", "system_prompt", "pooling")
-    return {name: settings[name] for name in names if name in settings}
+    settings = settings | (data if isinstance(data, dict) else {})
+    names = [field.name for field in fields(EncoderSettings)]
+    found = {name: settings[name] for name in names if name in settings}
+    return read_record(EncoderSettings, found, where)
 
 
 def _check_texts(texts: Sequence[str]) -> None:

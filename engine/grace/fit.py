@@ -109,8 +109,15 @@ def fit(
             metrics |= _prefixed(evaluate(step))
         log.log(step, metrics, show=last or step % config.logging_steps == 0)
         if last or (config.save_steps and step % config.save_steps == 0):
-            limit = config.save_total_limit
-            save_checkpoint(log.folder, step, policy, optimizer, {}, save_total_limit=limit)
+            save_checkpoint(
+                log.folder,
+                step,
+                policy,
+                optimizer,
+                {},
+                run=log.about,
+                save_total_limit=config.save_total_limit,
+            )
     return metrics
 
 

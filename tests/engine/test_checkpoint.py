@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tercet.engine.checkpoint import find_fault, load_latest, save_checkpoint
+from tercet.engine.checkpoint import find_fault, load_latest, read_run, save_checkpoint
 
-FILES = {"model.safetensors", "config.json", "optimizer.pt", "rng.pt", "trainer_state.json"}
+FILES = {"model.safetensors", "config.json", "tercet.json", "optimizer.pt", "rng.pt"}
+FILES |= {"trainer_state.json"}
+RUN = {"tercet": "0", "settings": {"model": "möbius", "rate": 1e-6}}
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def trained(tiny_policy):
 def save(folder, step, trained, state, save_total_limit=None) -> Path:
     policy, optimizer = trained
     return save_checkpoint(
-        folder, step, policy, optimizer, state, save_total_limit=save_total_limit
+        folder, step, policy, optimizer, state, run=RUN, save_total_limit=save_total_limit
     )
 
 
@@ -74,6 +76,16 @@ def test_a_checkpoint_is_a_hugging_face_folder_with_a_true_manifest(tmp_path, tr
     model = AutoModelForCausalLM.from_pretrained(path)
     for ours, theirs in zip(weights(trained[0]), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_what_a_checkpoint_says_about_its_run_goes_where_it_goes(tmp_path, trained):
+    save(tmp_path / "run", 7, trained, {}).rename(tmp_path / "elsewhere")
+    assert read_run(tmp_path / "elsewhere") == RUN
+    assert read_run(tmp_path) == {}
+    for text in ("{", "[1]", "[" * 100_000):
+        (tmp_path / "tercet.json").write_text(text)
+        with pytest.raises(ValueError, match=r"^read_run: .*tercet\.json must be a JSON object"):
+            read_run(tmp_path)
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path, trained):

@@ -13,8 +13,11 @@ from tercet.engine.grace import GraceEncoder
 def checkpoint(tiny_policy, tmp_path):
     run = tmp_path / "run"
     tiny_policy.save(run / "checkpoint-1")
-    settings = {"data": {"system_prompt": "think about it", "max_prompt_length": 48}}
-    (run / "config.yaml").write_text(json.dumps(settings))
+    settings = {
+        "data": {"system_prompt": "think about it", "max_prompt_length": 48},
+        "max_completion_length": 5,
+    }
+    (run / "checkpoint-1" / "tercet.json").write_text(json.dumps({"settings": settings}))
     return str(run / "checkpoint-1")
 
 
@@ -35,10 +38,10 @@ def test_encode_writes_vectors_and_rationales(checkpoint, tmp_path, capsys):
     texts = write_rows(tmp_path / "t.jsonl", [{"text": "the cat"}, {"text": "a dog barks"}])
     out = tmp_path / "out"
     argv = ["grace", "encode", "--model", checkpoint, "--input", texts, "--output-dir", str(out)]
-    assert main([*argv, "--max-completion-length", "4"]) == 0
+    assert main(argv) == 0
     vectors = load_file(out / "vectors.safetensors")["vectors"]
     expected = GraceEncoder.from_pretrained(checkpoint).encode(
-        ["the cat", "a dog barks"], max_completion_length=4
+        ["the cat", "a dog barks"], max_completion_length=5
     )
     assert vectors.allclose(expected.vectors, atol=1e-5)
     rows = [json.loads(line) for line in (out / "rationales.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """Texts to vectors: what is pooled, what repeats, what is counted, what is refused."""
 
+import json
 from collections.abc import Sequence
 from typing import get_args
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tercet.engine.grace.encoder import GraceEncoder, sample_variance
+from tercet.engine.grace.prompts import SYSTEM_PROMPT
 from tercet.engine.model import Policy, score
 from tercet.engine.records import Completion, Pooling, Request, pack
 from tercet.engine.sampler import Sampler
@@ -230,19 +232,47 @@ def test_a_saved_encoder_gives_the_same_vectors(encoder, tmp_path):
     torch.testing.assert_close(found.vectors, expected.vectors, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", ["data:\n  system_prompt: Hm.\n", "system_prompt: Hm.\n"])
-def test_a_checkpoint_is_read_with_prompt_and_pooling_of_its_run(encoder, tmp_path, settings):
-    encoder.policy.save(tmp_path / "checkpoint-3")
-    (tmp_path / "config.yaml").write_text(settings + "pooling: max\n")
-    loaded = GraceEncoder.from_pretrained(tmp_path / "checkpoint-3")
-    assert (loaded.prompt.system_prompt, loaded.pooling) == ("Hm.", "max")
-    assert loaded.prompt.max_prompt_length == 1024
-    given = GraceEncoder.from_pretrained(
-        tmp_path / "checkpoint-3", system_prompt="Oh.", pooling="last_token"
+PROMPT = {"system_prompt": "Hm.", "max_prompt_length": 80}
+
+
+@pytest.mark.parametrize("settings", [{"data": PROMPT}, PROMPT], ids=["GRACE", "baseline"])
+def test_a_checkpoint_says_how_it_embeds(encoder, tmp_path, settings):
+    encoder.policy.save(tmp_path / "a")
+    (tmp_path / "config.yaml").write_text("pooling: max\n")  # of a run beside it: not looked at
+    saved = tmp_path / "a" / "tercet.json"
+    saved.write_text(
+        json.dumps({"settings": {**settings, "max_completion_length": 3, "pooling": "last_token"}})
     )
-    assert (given.prompt.system_prompt, given.pooling) == ("Oh.", "last_token")
-    (tmp_path / "config.yaml").write_text(settings)
-    assert GraceEncoder.from_pretrained(tmp_path / "checkpoint-3").pooling == "mean"
+    loaded = GraceEncoder.from_pretrained(tmp_path / "a")
+    assert (loaded.prompt.system_prompt, loaded.prompt.max_prompt_length) == ("Hm.", 80)
+    assert (loaded.max_completion_length, loaded.pooling) == (3, "last_token")
+    expected = loaded.encode(TEXTS, max_completion_length=3).vectors
+    assert torch.equal(loaded.encode(TEXTS).vectors, expected)
+    given = GraceEncoder.from_pretrained(
+        tmp_path / "a", system_prompt="Oh.", max_completion_length=4, pooling="max"
+    )
+    assert (given.prompt.system_prompt, given.prompt.max_prompt_length) == ("Oh.", 80)
+    assert (given.max_completion_length, given.pooling) == (4, "max")
+    saved.unlink()
+    plain = GraceEncoder.from_pretrained(tmp_path / "a")
+    assert (plain.prompt.max_prompt_length, plain.max_completion_length) == (1024, 256)
+    assert (plain.prompt.system_prompt, plain.pooling) == (SYSTEM_PROMPT, "mean")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pooling": "cls"}, r"pooling: .*got 'cls'"),
+        ({"data": {"max_prompt_length": "64"}}, r"max_prompt_length: .*got '64'"),
+        ({"max_completion_length": 0}, r"max_completion_length must be >= 1, got 0"),
+        ({"data": {"system_prompt": None}}, r"system_prompt: .*got None"),
+        ([1], "settings must be an object, got list"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_with_their_file(tmp_path, settings, message):
+    (tmp_path / "tercet.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(ValueError, match=rf"^GraceEncoder\.from_pret.*tercet\.json: .*{message}"):
+        GraceEncoder.from_pretrained(tmp_path)
 
 
 def test_training_flags_survive(encoder):

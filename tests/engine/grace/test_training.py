@@ -87,11 +87,17 @@ def test_training_moves_the_weights_and_leaves_a_folder(make_config, model_folde
     assert AutoTokenizer.from_pretrained(run.checkpoint).chat_template
 
 
-def test_a_run_is_read_back_with_its_pooling(make_config):
-    run = train(make_config(pooling="penultimate_mean", train={"max_steps": 1}))
+def test_a_checkpoint_embeds_as_its_run_did_wherever_it_is_copied(make_config, tmp_path):
+    config = make_config(
+        data={"system_prompt": "Think."}, pooling="penultimate_mean", train={"max_steps": 1}
+    )
+    run = train(config)
     assert run.metrics["grad_norm"] > 0
-    encoder = GraceEncoder.from_pretrained(run.checkpoint, device="cpu")
-    assert encoder.pooling == "penultimate_mean"
+    shutil.move(run.checkpoint, tmp_path / "elsewhere")
+    shutil.rmtree(run.folder)
+    encoder = GraceEncoder.from_pretrained(tmp_path / "elsewhere", device="cpu")
+    assert (encoder.prompt.system_prompt, encoder.prompt.max_prompt_length) == ("Think.", 200)
+    assert (encoder.max_completion_length, encoder.pooling) == (8, "penultimate_mean")
     with pytest.raises(ValueError, match=r"GraceConfig: pooling must be one of \('mean', .*'cls'"):
         make_config(pooling="cls")
 
