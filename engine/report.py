@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 import io
 import itertools
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tercet.engine.files import read_jsonl, replace_text
+from tercet.engine.glossary import MEANINGS, general
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Series = dict[int, float]  # step -> value
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5c6876; --line: #dfe4ea; --wash: #f6f8fa; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; max-width: 1120px;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; max-width: 1240px;
        padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.15rem; }
 p.lead { color: var(--soft); margin: .25rem 0 0; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .75rem; }
 figcaption { font-weight: 600; font-size: .92rem; } figcaption span { color: var(--soft);
   font-weight: 400; display: block; font-size: .82rem; } svg { width: 100%; height: auto; }
@@ -31,8 +38,10 @@ th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(-
   vertical-align: top; } th { color: var(--soft); font-weight: 600; }
 th.n, td.n { text-align: right; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { background: var(--wash); padding: .8rem; border-radius: 8px; overflow-x: auto;
-  font-size: .8rem; } details > summary { cursor: pointer; color: var(--soft); }
-.wide { overflow-x: auto; } td.t { min-width: 14rem; }
+  font-size: .8rem; } details { margin: .5rem 0; }
+details > summary { cursor: pointer; color: var(--soft); }
+.wide { overflow-x: auto; } .samples { font-size: .8rem; } .samples th, .samples td {
+  padding: .35rem .4rem; } dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0; }
 .note { color: var(--soft); margin: .3rem 0; }
 .warn { background: #fff6e5; border: 1px solid #f0d9a8; border-radius: 8px;
   padding: .5rem .8rem; margin: .4rem 0; }
@@ -163,42 +172,53 @@ def plot(panel: Panel, runs: Sequence[Run]) -> str | None:
 
 
 def _draw(panel: Panel, runs: Sequence[Run]) -> str | None:
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    keys = sorted({key for run in runs for key in filter(panel.shows, run.metrics)})
-    several = sum(any(map(panel.shows, run.metrics)) for run in runs) > 1
-    for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-."))):
-        for key, colour in zip(keys, itertools.cycle(colormaps["tab10"].colors)):  # type: ignore
-            points = _points(run.metrics.get(key, {}))
-            if not points:
-                continue
-            label = key.split("/", 1)[-1]
-            steps, values = zip(*points, strict=True)
-            axes.plot(
-                steps,
-                values,
-                style,
-                color=colour,
-                label=f"{run.name}: {label}" if several else label,
-                marker="o" if len(points) < 30 else None,
-                markersize=3,
-                linewidth=1.3,
-            )
-    if not axes.lines:
+    drawn = [run for run in runs if any(_points(run.metrics[key]) for key in _keys(panel, [run]))]
+    if not drawn:
         return None
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {key: f"C{i % 10}" for i, key in enumerate(_keys(panel, drawn))}
+    styles = dict(zip([run.name for run in drawn], itertools.cycle(("-", "--", ":", "-."))))
+    for run in drawn:
+        for key in _keys(panel, [run]):
+            steps, values = zip(*_points(run.metrics[key]) or [((), ())], strict=True)
+            marker = "o" if len(steps) < 30 else None
+            line = {"color": colours[key], "linewidth": 1.3, "marker": marker, "markersize": 3}
+            axes.plot(steps, values, styles[run.name], **line)
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(axes.lines) > 1:
-        columns = 2 if len(axes.lines) > 3 else 1
-        figure.legend(loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+    _legend(figure, colours, styles)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def _keys(panel: Panel, runs: Sequence[Run]) -> list[str]:
+    return sorted({key for run in runs for key in run.metrics if panel.shows(key)})
+
+
+def _legend(figure: Figure, colours: Mapping[str, str], styles: Mapping[str, str]) -> None:
+    """Names each colour and each line style once, where there are several."""
+    from matplotlib.lines import Line2D
+
+    entries = [
+        Line2D([], [], color=colour, label=key.split("/", 1)[-1])
+        for key, colour in colours.items()
+        if len(colours) > 1
+    ] + [
+        Line2D([], [], color="0.3", ls=style, label=name)
+        for name, style in styles.items()
+        if len(styles) > 1
+    ]
+    if entries:
+        columns = min(len(entries), 3)
+        figure.legend(
+            handles=entries, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False
+        )
 
 
 def plots_html(runs: Sequence[Run]) -> str:
@@ -232,14 +252,13 @@ def head_cell(column: str, rows: Sequence[dict]) -> str:
     return f"<th{' class=n' if numbers else ''}>{html.escape(column)}</th>"
 
 
-def table(rows: Sequence[dict]) -> str:
+def table(rows: Sequence[dict], kind: str = "") -> str:
     """Records as a table; the columns are the keys in the order in which they first appear."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(head_cell(column, rows) for column in columns)
     body = "".join(f"<tr>{''.join(cell(row.get(c, '')) for c in columns)}</tr>" for row in rows)
-    return (
-        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide {kind}"><table>{inside}</table></div>'
 
 
 def last_values(runs: Sequence[Run]) -> str:
@@ -249,8 +268,9 @@ def last_values(runs: Sequence[Run]) -> str:
     keys = [
         key for p in wanted for key in sorted({k for r in runs for k in r.metrics if p.shows(k)})
     ]
+    shown = [run for run in runs if any(key in run.metrics for key in keys)]
     rows = [
-        {"metric": key} | {run.name: _first_and_last(run.metrics.get(key, {})) for run in runs}
+        {"metric": key} | {run.name: _first_and_last(run.metrics.get(key, {})) for run in shown}
         for key in keys
     ]
     return table(rows) if rows else "<p>No metrics yet.</p>"
@@ -268,11 +288,24 @@ def samples_html(run: Run, count: int = 6) -> str:
     steps = sorted({_step(row, Path(run.name)) for row in run.samples})
     parts = []
     for step in dict.fromkeys((steps[0], steps[-1])):
-        rows = [dict(row) for row in run.samples if row.get("step", 0) == step][:count]
-        for row in rows:
-            row.pop("step", None)
-        parts.append(f"<h3>Step {html.escape(str(step))}</h3>{table(rows)}")
+        rows = [
+            {key.removeprefix("reward/"): value for key, value in row.items() if key != "step"}
+            for row in run.samples
+            if row.get("step", 0) == step
+        ]
+        parts.append(f"<h3>Step {html.escape(str(step))}</h3>{table(rows[:count], 'samples')}")
     return "".join(parts)
+
+
+def meanings_html(runs: Sequence[Run]) -> str:
+    """What the metrics of these runs mean."""
+    names = {general(key) for run in runs for key in run.metrics}
+    listed = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(meaning)}</dd>"
+        for name, meaning in MEANINGS.items()
+        if name in names
+    )
+    return f"<details><summary>What the metrics mean</summary><dl>{listed}</dl></details>"
 
 
 def run_html(run: Run) -> str:
@@ -300,36 +333,46 @@ def render(title: str, runs: Sequence[Run], lead: str = "") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'
-        f"<h2>Where it began and where it ended</h2>{last_values(runs)}"
+        f"<h2>Where it began and where it ended</h2>{last_values(runs)}{meanings_html(runs)}"
         f"<h2>Curves</h2>{plots_html(runs)}{''.join(map(run_html, runs))}</body></html>"
     )
 
 
-def write_report(folder: str | Path) -> Path:
-    """Writes FOLDER/report.html for a run, or for a folder whose subfolders are runs.
+def _run_folders(folder: Path) -> list[Path]:
+    """The folder when it is a run, or else those of its subfolders that are."""
+    subfolders = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    return [folder] if (folder / "metrics.jsonl").exists() or not subfolders else subfolders
+
+
+def write_report(*folders: str | Path, output: str | Path | None = None) -> Path:
+    """Writes one page about all runs that the folders are or have as subfolders; returns its path.
+
+    Args:
+        folders: at least one.
+        output: default: report.html in the folder, or in the one that holds all folders.
 
     Raises:
-        FileNotFoundError: neither the folder nor a subfolder holds a run.
+        FileNotFoundError: neither a folder nor a subfolder of it holds a run.
     """
-    folder = Path(folder)
-    subfolders = sorted(p.parent for p in folder.glob("*/metrics.jsonl"))
-    if (folder / "metrics.jsonl").exists() or not subfolders:
-        subfolders = [folder]
-    page = render(folder.resolve().name, [load_run(path) for path in subfolders])
-    target = folder / "report.html"
-    replace_text(target, page)
+    found = [Path(folder).resolve() for folder in folders]
+    paths = list(dict.fromkeys(path for folder in found for path in _run_folders(folder)))
+    common = Path(os.path.commonpath(found))
+    runs = [load_run(path) for path in paths]
+    if len({run.name for run in runs}) < len(runs):  # told apart by their place
+        runs = [
+            replace(run, name=path.relative_to(common).as_posix())
+            for run, path in zip(runs, paths, strict=True)
+        ]
+    target = Path(output) if output else Path(os.path.relpath(common)) / "report.html"
+    replace_text(target, render(", ".join(folder.name for folder in found), runs))
     return target
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Writes the report of each folder and prints its path."""
-    if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(f"usage: {prog} RUN [RUN ...]\n\n{__doc__}\n")
-        return 0 if argv else 2
-    options = [word for word in argv if word.startswith("-")]
-    if options:
-        sys.stderr.write(f"{prog}: takes run folders and no options, got {options[0]}\n")
-        return 2
-    for folder in argv:
-        sys.stdout.write(f"{write_report(folder)}\n")
+    """Writes the page and prints its path."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
+    parser.add_argument("--output", help="default: report.html where the runs are")
+    args = parser.parse_args(argv)
+    sys.stdout.write(f"{write_report(*args.run, output=args.output)}\n")
     return 0

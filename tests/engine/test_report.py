@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tercet.engine.report import write_report
+from tercet.engine.glossary import MEANINGS, general
+from tercet.engine.report import main, write_report
 
 
 class Page(HTMLParser):
@@ -56,7 +57,27 @@ def test_several_runs_share_their_plots(tmp_path):
     make_run(tmp_path / "document")
     page = Page(write_report(tmp_path).read_text())
     assert page.tags.count("svg") == 5
-    assert "document: mean" in " ".join(page.words) or "paper: recall@1" in " ".join(page.words)
+    legends = [word.strip() for word in page.words]
+    assert legends.count("document") == legends.count("paper") > 5  # of every plot
+
+
+def test_runs_from_several_places_are_one_page(tmp_path):
+    runs = [make_run(tmp_path / name / "run") for name in ("a", "b")]
+    assert write_report(*runs).resolve() == tmp_path / "report.html"
+    assert main([*map(str, runs), "--output", str(tmp_path / "page.html")], "tercet report") == 0
+    text = " ".join(Page((tmp_path / "page.html").read_text()).words)
+    assert "2 runs" in text
+    assert "a/run" in text
+    assert "b/run" in text
+
+
+def test_a_run_without_the_metrics_has_no_empty_column(tmp_path):
+    run = make_run(tmp_path / "one")
+    make_run(tmp_path / "other")
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    began = write_report(tmp_path).read_text().partition("<h2>Curves")[0]
+    assert f"<th>{run.name}</th>" in began
+    assert "<th>other</th>" not in began
 
 
 def test_a_half_written_last_line_is_left_out(tmp_path):
@@ -99,3 +120,18 @@ def test_a_record_that_is_none_is_an_error(tmp_path, line):
     (run / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"must be a(n integer| JSON object), got"):
         write_report(run)
+
+
+def test_metrics_are_explained(tmp_path):
+    page = Page(write_report(make_run(tmp_path / "run")).read_text())
+    text = " ".join(page.words)
+    assert MEANINGS["eval/recall@<k>"] in text
+    assert MEANINGS["reward/<part>_spread"] in text
+    assert MEANINGS["kl"] not in text
+
+
+def test_names_fall_under_their_pattern():
+    assert general("reward/hard_spread") == "reward/<part>_spread"
+    assert general("time/update_s") == "time/<phase>_s"
+    assert general("eval/hit@3") == "eval/hit@<k>"
+    assert general("eval/hit@x") == general("unknown") == general("reward@1") == ""

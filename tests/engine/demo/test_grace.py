@@ -15,6 +15,8 @@ from tercet.engine.demo.grace import MAX_PROMPT_LENGTH, _claim, run_demo
 from tercet.engine.demo.results import read_results
 from tercet.engine.demo.tiny import MAX_LENGTH
 from tercet.engine.demo.world import World
+from tercet.engine.files import read_jsonl
+from tercet.engine.glossary import general
 from tercet.engine.grace.config import GraceConfig
 
 MODELS = ["base", "base_reasoning", "paper", "document", "infonce"]
@@ -52,6 +54,8 @@ def test_folder_holds_runs_results_and_report(finished):
     assert (folder / "infonce" / "checkpoint-2" / "model.safetensors").exists()
     assert (folder / "base" / "tokenizer.json").exists()
     assert "paper" in (folder / "report.html").read_text()
+    rows = [row for path in folder.glob("*/metrics.jsonl") for row in read_jsonl(path)]
+    assert not [key for row in rows for key in row if key != "step" and not general(key)]
     assert read_results(folder / "results.json") == results
     assert set(results.seconds) == {
         "pretrain", "paper", "document", "infonce", "evaluate", "report", "total"
