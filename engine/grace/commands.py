@@ -6,13 +6,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tercet.engine.command_line import load_config
 from tercet.engine.data import check_text, read_rows
-from tercet.engine.grace.config import GraceData
+from tercet.engine.grace.held_out import EvalData, held_out
 from tercet.engine.records import Pooling
 
 if TYPE_CHECKING:
@@ -79,10 +79,14 @@ def encode(argv: Sequence[str], prog: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Measure an encoder on the held-out rows of supervised data, without and with rationales."""
+    """Measure an encoder on held-out pairs, without and with rationales.
+
+    A checkpoint is measured on the rows that its run held out.  Other rows can be given; if the
+    run trained on some of them, their number is said.
+    """
 
     model: str  # checkpoint folder, or any causal LM with a chat template
-    data: GraceData
+    data: EvalData = field(default_factory=EvalData)
     sts: str | None = None  # .jsonl or .parquet with sentence1, sentence2 and score
     max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float = 1.0
@@ -93,14 +97,14 @@ class EvalConfig:
 
 
 def evaluate(argv: Sequence[str], prog: str) -> int:
-    """Prints one JSON object per mode: retrieval, anisotropy, distinct rationales, loss."""
+    """Prints one JSON object per mode: rows, retrieval, anisotropy, distinct rationales, loss."""
     config = load_config(EvalConfig, argv, prog=prog)
 
-    from tercet.engine.grace.data import load_dataset
     from tercet.engine.grace.evaluate import held_out_loss
 
-    examples = load_dataset(config.data).test
-    pairs = [(e.query, e.document) for e in examples if e.query is not None]
+    found = held_out(config.model, config.data)
+    pairs = found.pairs
+    sys.stderr.writelines(f"{prog}: {note}\n" for note in found.notes)
     if len(pairs) < 2:
         raise ValueError(
             f"eval: there must be at least two held-out rows with a query, got {len(pairs)}; "
@@ -114,7 +118,8 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
         measures = _retrieval(encoder, pairs, config, generate=generate)
         if sts is not None:
             measures["sts_spearman"] = _sts(encoder, sts, _options(config, generate=generate))
-        line = {"rationales": generate, **measures, "held_out_loss_nats": loss}
+        rows = {"rows": len(pairs), "rows_trained_on": found.num_trained_on}
+        line = {"rationales": generate, **rows, **measures, "held_out_loss_nats": loss}
         sys.stdout.write(json.dumps(line) + "\n")
     return 0
 

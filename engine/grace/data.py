@@ -74,7 +74,18 @@ def load_dataset(config: GraceData) -> Dataset:
     num_equal = len(train) - len({example.document for example in train})
     if num_equal:
         notes.append(f"{num_equal} of {len(train)} training rows repeat another row's document")
+    if shared := num_shared(test, train):
+        notes.append(f"{shared} of {len(test)} held-out rows are training rows too")
     return Dataset(train=train, test=test, notes=notes)
+
+
+def num_shared(test: Sequence[Example], train: Sequence[Example]) -> int:
+    """How many rows of `test` are in `train`: as the same pair, or by a text trained on alone."""
+    pairs = {(example.query, example.document) for example in train}
+    alone = {example.document for example in train if example.query is None}
+    return sum(
+        (e.query, e.document) in pairs or not alone.isdisjoint((e.query, e.document)) for e in test
+    )
 
 
 def drop_overlong(dataset: Dataset, builder: PromptBuilder) -> Dataset:

@@ -14,7 +14,12 @@ def checkpoint(tiny_policy, tmp_path):
     run = tmp_path / "run"
     tiny_policy.save(run / "checkpoint-1")
     settings = {
-        "data": {"system_prompt": "think about it", "max_prompt_length": 48},
+        "data": {
+            "path": str(tmp_path / "d.jsonl"),
+            "test_fraction": 0.1,
+            "system_prompt": "think about it",
+            "max_prompt_length": 48,
+        },
         "max_completion_length": 5,
     }
     (run / "checkpoint-1" / "tercet.json").write_text(json.dumps({"settings": settings}))
@@ -62,11 +67,16 @@ def test_eval_measures_both_modes(checkpoint, tmp_path, capsys):
     rows = [{"query": f"cat {i}", "positive": f"dog {i}"} for i in range(6)]
     pairs = [{"sentence1": "the cat", "sentence2": "a dog", "score": i / 2} for i in range(3)]
     pairs[1]["sentence2"] = "the cat"
+    write_rows(tmp_path / "d.jsonl", rows)
     argv = ["grace", "eval", "--model", checkpoint, "--max-completion-length", "3"]
-    argv += ["--data.path", write_rows(tmp_path / "d.jsonl", rows), "--data.test-fraction", "0.5"]
+    argv += ["--data.test-fraction", "0.5", "--data.columns", "query", "query"]
     assert main([*argv, "--sts", write_rows(tmp_path / "s.jsonl", pairs)]) == 0
-    plain, reasoned = map(json.loads, capsys.readouterr().out.splitlines())
+    said = capsys.readouterr()
+    plain, reasoned = map(json.loads, said.out.splitlines())
     assert (plain["rationales"], reasoned["rationales"]) == (False, True)
+    assert [(m["rows"], m["rows_trained_on"]) for m in (plain, reasoned)] == [(3, 2)] * 2  # 1 of the 6 was held out
+    assert "grace eval: not the held-out rows of the run (columns {} -> {'query': " in said.err
+    assert "grace eval: 2 of 3 rows measured are rows that the run trained on" in said.err
     for measures in (plain, reasoned):
         assert 0 <= measures["recall@1"] <= 1
         assert -1 <= measures["sts_spearman"] <= 1

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tercet.engine.config import read_yaml, to_yaml
+from tercet.engine.checkpoint import read_run
+from tercet.engine.config import read_yaml, to_plain, to_yaml
 from tercet.engine.files import read_jsonl
 from tercet.engine.grace import GraceConfig, GraceEncoder, train
 from tercet.engine.grace.config import GraceData
@@ -93,6 +94,7 @@ def test_a_checkpoint_embeds_as_its_run_did_wherever_it_is_copied(make_config, t
     )
     run = train(config)
     assert run.metrics["grad_norm"] > 0
+    assert read_run(run.checkpoint)["settings"] == to_plain(config)
     shutil.move(run.checkpoint, tmp_path / "elsewhere")
     shutil.rmtree(run.folder)
     encoder = GraceEncoder.from_pretrained(tmp_path / "elsewhere", device="cpu")

@@ -1,0 +1,123 @@
+"""Which rows a checkpoint may be measured on: those that its run held out, unless others are given.
+
+What the run trained on is known from the checkpoint's tercet.json; rows that were trained on and
+are measured nevertheless are counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tercet.engine.config import read_record
+from tercet.engine.grace.config import GraceData, Mode
+from tercet.engine.grace.data import Example, load_dataset, num_shared
+
+SPLIT = ("path", "mode", "columns", "remove", "test_path", "test_fraction", "split_seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalData:
+    """Which rows are measured; what is left out is as in the run that wrote the checkpoint.
+
+    A path, fraction or seed given without test_path splits the file of `path` anew.
+    """
+
+    path: str | None = None  # .jsonl or .parquet; the training rows and, without test_path, these
+    test_path: str | None = None  # held-out rows
+    mode: Mode | None = None  # "supervised" for a run on texts alone
+    columns: dict[str, str] | None = None  # ours, the file's: query question positive answer
+    remove: str | None = None  # regular expression; what it matches is deleted from every text
+    test_fraction: float | None = None
+    split_seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Rows to measure, and what is known about them."""
+
+    pairs: list[tuple[str, str]]  # query, document
+    num_trained_on: int | None  # of the pairs; None: nobody knows
+    notes: list[str]  # one sentence each
+
+
+def held_out(model: str, given: EvalData) -> HeldOut:
+    """The pairs to measure a model on.
+
+    Args:
+        model: a checkpoint folder, or any other model: then `given` must say where rows are.
+        given: settings that go before those of the run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as `load_dataset`; no rows are known; a tercet.json that cannot be used.
+    """
+    run, notes = _data_of_run(Path(model).expanduser())
+    data = _merged(run, given)
+    dataset = load_dataset(data)
+    pairs = [e for e in dataset.test if e.query is not None]
+    trained: list[Example] | None = None
+    if run is not None:
+        changed = [
+            f"{name} {old!r} -> {new!r}"
+            for name in SPLIT
+            if (old := getattr(run, name)) != (new := getattr(data, name))
+        ]
+        if changed:
+            notes.append(f"not the held-out rows of the run ({', '.join(changed)})")
+        trained = dataset.train if not changed else _rows_of_run(run, notes)
+    num_trained_on = None if trained is None else num_shared(pairs, trained)
+    if num_trained_on:
+        notes.append(
+            f"{num_trained_on} of {len(pairs)} rows measured are rows that the run trained on"
+        )
+    return HeldOut(
+        pairs=[(str(e.query), e.document) for e in pairs],
+        num_trained_on=num_trained_on,
+        notes=notes,
+    )
+
+
+def _data_of_run(checkpoint: Path) -> tuple[GraceData | None, list[str]]:
+    """Data settings of the run that wrote a checkpoint, where it says so, and what to know then."""
+    from tercet.engine.checkpoint import RUN, read_run  # loads torch
+
+    about = read_run(checkpoint)
+    settings = about.get("settings")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    if not isinstance(data, dict):
+        unknown = f"{checkpoint / RUN} does not say which rows the model was trained on"
+        return None, [unknown] if about else []
+    found = read_record(GraceData, data, f"eval: {checkpoint / RUN}")
+    return replace(found, num_negatives=None), []  # negatives are not measured
+
+
+def _merged(run: GraceData | None, given: EvalData) -> GraceData:
+    chosen = {name: value for name, value in asdict(given).items() if value is not None}
+    if run is None:
+        path = given.path or given.test_path
+        if path is None:
+            raise ValueError(
+                "eval: the rows to measure must be known, got a model that names none; "
+                "set --data.path or --data.test-path"
+            )
+        return GraceData(**{**chosen, "path": path})
+    if chosen.keys() & {"path", "test_fraction", "split_seed"}:
+        chosen.setdefault("test_path", None)
+    data = replace(run, **chosen)
+    for name in ("path", "test_path"):
+        file = getattr(data, name)
+        if file is not None and not Path(file).exists():
+            raise FileNotFoundError(
+                f"eval: the data file of the run must be here, got no {file}; "
+                f"set --data.{name.replace('_', '-')} to where it is now"
+            )
+    return data
+
+
+def _rows_of_run(run: GraceData, notes: list[str]) -> list[Example] | None:
+    """The rows that a run trained on; None, with a note, where its file is gone."""
+    if all(Path(file).exists() for file in (run.path, run.test_path) if file is not None):
+        return load_dataset(run).train
+    notes.append(f"whether the run trained on these rows is not known: its {run.path} is not here")
+    return None

@@ -1,0 +1,108 @@
+"""What `tercet grace eval` measures on: the run's held-out rows, and what is said about others."""
+
+import json
+
+import pytest
+
+from tercet.engine.config import to_plain
+from tercet.engine.grace.config import GraceConfig, GraceData
+from tercet.engine.grace.data import Example, load_dataset, num_shared
+from tercet.engine.grace.held_out import EvalData, held_out
+
+ROWS = [{"question": f"cat {i}?", "positive": f"dog {i}"} for i in range(10)]
+RUN = {"columns": {"query": "question"}, "test_fraction": 0.4, "split_seed": 3, "remove": r"\?"}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(**GraceData fields): a checkpoint that says it was trained so; its data settings."""
+
+    def make(rows=ROWS, **settings):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = GraceData(path=str(path), **{**RUN, **settings})
+        folder = tmp_path / "checkpoint-1"
+        folder.mkdir(exist_ok=True)
+        saved = {"settings": to_plain(GraceConfig(model="m", data=data))}
+        (folder / "tercet.json").write_text(json.dumps(saved))
+        return str(folder), data
+
+    return make
+
+
+def pairs_of(data):
+    return [(e.query, e.document) for e in load_dataset(data).test]
+
+
+def test_the_rows_are_those_that_the_run_held_out(make_run):
+    model, data = make_run(num_negatives=0)
+    found = held_out(model, EvalData())
+    assert (
+        found.pairs == pairs_of(data) != pairs_of(GraceData(path=data.path, columns=RUN["columns"]))
+    )
+    assert len(found.pairs) == 4
+    assert (found.num_trained_on, found.notes) == (0, [])
+
+
+def test_another_split_is_said_and_what_it_shares_with_training_is_counted(make_run):
+    model, data = make_run()
+    found = held_out(model, EvalData(test_fraction=0.9, split_seed=0))
+    trained = {(e.query, e.document) for e in load_dataset(data).train}
+    expected = sum(pair in trained for pair in found.pairs)
+    assert found.num_trained_on == expected > 0
+    assert found.notes == [
+        "not the held-out rows of the run (test_fraction 0.4 -> 0.9, split_seed 3 -> 0)",
+        f"{expected} of 9 rows measured are rows that the run trained on",
+    ]
+
+
+def test_a_file_given_alone_is_split_and_not_the_runs_test_file(make_run, tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "a", "positive": "b"}) + "\n")
+    model, data = make_run(test_path=str(tmp_path / "test.jsonl"))
+    assert held_out(model, EvalData()).pairs == [("a", "b")]
+    found = held_out(model, EvalData(path=data.path))
+    assert (len(found.pairs), found.num_trained_on) == (4, 4)
+
+
+def test_equal_rows_on_both_sides_of_the_split_are_counted(make_run):
+    model, data = make_run([*ROWS, *ROWS, *ROWS], test_fraction=0.2)
+    found = held_out(model, EvalData())
+    assert found.num_trained_on
+    both = f"{found.num_trained_on} of 6 held-out rows are training rows too"
+    assert both in load_dataset(data).notes
+    assert found.notes == [
+        f"{found.num_trained_on} of 6 rows measured are rows that the run trained on"
+    ]
+
+
+def test_a_text_trained_on_alone_counts_on_either_side():
+    train = [Example(document="a"), Example(document="b", query="c")]
+    test = [("a", "x"), ("x", "a"), ("c", "b"), ("c", "x"), ("x", "b")]
+    shared = [num_shared([Example(query=q, document=d)], train) for q, d in test]
+    assert shared == [1, 1, 1, 0, 0]
+
+
+def test_what_cannot_be_known_is_said(make_run, tmp_path):
+    model, _ = make_run()
+    moved = str((tmp_path / "pairs.jsonl").rename(tmp_path / "moved.jsonl"))
+    with pytest.raises(
+        FileNotFoundError, match=r"got no .*pairs\.jsonl; set --data\.path to where"
+    ):
+        held_out(model, EvalData())
+    found = held_out(model, EvalData(path=moved))
+    assert found.num_trained_on is None
+    assert "not known: its " in found.notes[1]
+    (tmp_path / "checkpoint-1" / "tercet.json").write_text('{"settings": {"method": "info_nce"}}')
+    found = held_out(model, EvalData(path=moved, columns=RUN["columns"], test_fraction=0.5))
+    assert (len(found.pairs), found.num_trained_on) == (5, None)
+    assert "does not say which rows" in found.notes[0]
+
+
+def test_a_model_without_a_run_needs_a_file(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^eval: the rows .*set --data\.path or --data\.test-path"
+    ):
+        held_out("some/model", EvalData())
+    (tmp_path / "t.jsonl").write_text('{"query": "a", "positive": "b"}\n')
+    found = held_out("some/model", EvalData(test_path=str(tmp_path / "t.jsonl")))
+    assert (found.pairs, found.num_trained_on, found.notes) == ([("a", "b")], None, [])
