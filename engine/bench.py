@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tercet.engine.command_line import OneLineParser
+
 FOLDER = Path(__file__).parents[1] / "bench"  # of the checkout that this is an editable install of
 OPS = {
     "masked_mean": "masked_mean and segment_mean",
@@ -30,7 +32,7 @@ SCRIPTS = OPS | SYSTEMS | SUMMARIES
 def parse(argv: list[str], prog: str) -> argparse.Namespace:
     """The options of one call; wrong usage exits with status 2."""
     listed = "\n".join(f"  {name:<20}{what}" for name, what in SCRIPTS.items())
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=prog,
         description=__doc__,
         epilog=f"what there is:\n{listed}\n\nWithout a name: {', '.join(OPS)}.",

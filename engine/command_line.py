@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import inspect
 import io
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from tercet.engine.config import ConfigError, nearest, partial_record, read_mapping
 
 ConfigT = TypeVar("ConfigT")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as `load_config` does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def load_config(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import html
 import io
 import itertools
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tercet.engine.command_line import OneLineParser
 from tercet.engine.files import read_jsonl, replace_text
 from tercet.engine.glossary import MEANINGS, general
 
@@ -370,7 +370,7 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
 
 def main(argv: list[str], prog: str) -> int:
     """Writes the page and prints its path."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = OneLineParser(prog=prog, description=__doc__)
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--output", help="default: report.html where the runs are")
     args = parser.parse_args(argv)

@@ -59,7 +59,7 @@ def test_wrong_usage_is_one_line_and_exit_status_2():
     for args, said in {
         ("grace", "train", "--modle", "x"): "unknown option '--modle'; the nearest known one is",
         ("demo", "grace", "--evidenc"): "the nearest known one is '--evidence'",
-        ("report", "--bogus"): "takes run folders and no options, got --bogus",
+        ("report", "runs", "--bogus"): "unrecognized arguments: --bogus",
     }.items():
         done = tercet(*args)
         assert (done.returncode, done.stdout) == (2, "")
