@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -61,6 +63,27 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def lock(path: Path) -> int:
+    """Takes the lock that a file is, until the descriptor is closed or the process ends.
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        BlockingIOError: another process has it (or this one, already); the message is its number.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise BlockingIOError(errno.EWOULDBLOCK, holder or "unknown") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 A run is a folder: config.yaml, env.json, and one JSON object per line in metrics.jsonl (every
 step), samples.jsonl (a few readable rows) and events.jsonl (warnings); tensorboard/ mirrors the
-metrics.  Keys that the trainer writes carry their unit where it is not plain:
+metrics; run.lock names the process that writes.  Keys that the trainer writes carry their unit
+where it is not plain:
 
     reward/mean  reward/std  reward/spread  reward/<part>  reward/<part>_spread
     completions/{mean_length,max_length} (tokens)  completions/clipped_ratio (share without an end)
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import time
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -26,14 +28,14 @@ from rich.text import Text
 
 from tercet.engine.config import to_plain, to_yaml
 from tercet.engine.environment import environment
-from tercet.engine.files import append_jsonl, read_jsonl, replace_text, rewind_jsonl
+from tercet.engine.files import append_jsonl, lock, read_jsonl, replace_text, rewind_jsonl
 
-EVENTS = "events.jsonl"
+EVENTS, LOCK = "events.jsonl", "run.lock"
 ROW_FILES = ("metrics.jsonl", "samples.jsonl", EVENTS)
 
 
 class RunLog:
-    """Writes a run's folder and shows its progress; one process writes, any number may read."""
+    """Writes a run's folder and shows its progress; one process writes, any number may read.
 
     def __init__(self, folder: Path, *, total_steps: int, file: IO[str] | None = None) -> None:
         self.folder = folder
@@ -49,6 +51,7 @@ class RunLog:
     @classmethod
     def create(
         cls,
+        self._lock: int | None = None
         folder: str | Path,
         config: Any,
         *,
@@ -66,27 +69,22 @@ class RunLog:
             file: where progress is shown; None: standard output.
 
         Raises:
-            FileExistsError: the folder holds a run and resume is false.
+            FileExistsError: the folder holds a run and resume is false; or as `check_run_folder`.
+            RuntimeError: another process writes to the folder.
         """
         import tercet
 
         folder = Path(folder)
-        found = [name for name in ("config.yaml", *ROW_FILES) if (folder / name).exists()]
-        if found and not resume:
-            raise FileExistsError(
-                f"RunLog.create: {folder} must not hold a run yet, got one ({found[0]}); "
-                "choose another output folder, or resume it"
-            )
+        check_run_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         log = cls(folder, total_steps=total_steps, file=file)
         log.about = {"tercet": tercet.__version__, "settings": to_plain(config)}
-        text = to_yaml(config)
-        if found:
-            for name in ROW_FILES:
-                rewind_jsonl(folder / name, last_step=None)
-            log._warn_changes(folder / "config.yaml", text)
-        replace_text(folder / "config.yaml", text)
-        replace_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        log._take_lock()
+        try:
+            log._open(to_yaml(config), resume=resume)
+        except BaseException:
+            log.close()
+            raise
         return log
 
     def log(self, step: int, metrics: Mapping[str, float], *, show: bool = True) -> None:
@@ -146,6 +144,9 @@ class RunLog:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _event(self, kind: str, message: str) -> None:
         append_jsonl(self.folder / EVENTS, [{"step": self.step, "kind": kind, "message": message}])
@@ -153,6 +154,30 @@ class RunLog:
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
+    def _take_lock(self) -> None:
+        try:
+            self._lock = lock(self.folder / LOCK)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"RunLog.create: one process may write to {self.folder}, got process "
+                f"{error.strerror} at work in it; stop that one, or choose another output folder"
+            ) from error
+
+    def _open(self, settings: str, *, resume: bool) -> None:
+        folder = self.folder
+        found = [name for name in ("config.yaml", *ROW_FILES) if (folder / name).exists()]
+        if found and not resume:
+            raise FileExistsError(
+                f"RunLog.create: {folder} must not hold a run yet, got one ({found[0]}); "
+                "choose another output folder, or resume it"
+            )
+        if found:
+            for name in ROW_FILES:
+                rewind_jsonl(folder / name, last_step=None)
+            self._warn_changes(folder / "config.yaml", settings)
+        replace_text(folder / "config.yaml", settings)
+        replace_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+
 
     def _eta(self, step: int) -> float | None:
         """Seconds left, from the pace of this process; None before the first step is done."""
@@ -187,6 +212,28 @@ def progress_line(
     """One line about a step; what was not measured is left out."""
     parts = [f"step {step}/{total_steps}"]
     for key, shown in (
+def check_run_folder(folder: Path) -> None:
+    """Refuses a folder that holds files and is no run.
+
+    Raises:
+        FileExistsError: so.
+        NotADirectoryError: a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"check_run_folder: the output folder must be a folder, got the file {folder}; "
+            "choose another"
+        )
+    found = folder.iterdir() if folder.exists() else []
+    names = sorted(path.name for path in found if path.suffix != ".tmp")  # .tmp: left by a kill
+    if names and LOCK not in names:  # every run begins with it
+        raise FileExistsError(
+            "check_run_folder: the output folder must be new, empty or a run, got other files in "
+            f"{folder} ({', '.join(names[:3])}{', ...' if names[3:] else ''}); "
+            "choose another, such as a new folder inside"
+        )
+
+
         ("reward/mean", "reward {:.3f}"),
         ("kl", "kl {:.4f}"),
         ("tokens_per_s", "{:.0f} tok/s"),

@@ -38,7 +38,7 @@ from tercet.engine.grace.scratch import (
 )
 from tercet.engine.grace.table import Corpus, bm25_row, encoder_row, markdown_table
 from tercet.engine.grace.training import train
-from tercet.engine.metrics import RunLog
+from tercet.engine.metrics import RunLog, check_run_folder
 from tercet.engine.model import Policy
 from tercet.engine.records import Pooling
 from tercet.engine.train_config import TrainConfig
@@ -342,7 +342,9 @@ def _claim(folder: Path, config: ExperimentConfig) -> None:
     """Writes config.yaml, or compares with the one that is there."""
     path = folder / "config.yaml"
     text = to_yaml(replace(config, seeds=[0], data="", output_dir=""))
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if not path.exists():
+        check_run_folder(folder)
+    elif path.read_text(encoding="utf-8") != text:
         raise ConfigError(
             f"experiment: output_dir must be new or hold this experiment, got other settings in "
             f"{path}; choose another output_dir"

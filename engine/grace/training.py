@@ -15,7 +15,7 @@ from tercet.engine.grace.config import GraceConfig
 from tercet.engine.grace.data import Dataset, drop_overlong, load_dataset
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.grace.system import GraceSystem
-from tercet.engine.metrics import RunLog
+from tercet.engine.metrics import RunLog, check_run_folder
 from tercet.engine.model import Policy
 from tercet.engine.sampler import TransformersSampler
 from tercet.engine.trainer import Trainer
@@ -41,12 +41,13 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
             very settings, as after a kill; True: whatever its settings; False: never.
 
     Raises:
-        FileExistsError: output_dir holds a run that is not to be resumed.
+        FileExistsError: output_dir holds a run that is not to be resumed, or files of others.
         FileNotFoundError: no such data file or model folder.
         ValueError: the data, the model or a setting cannot be used, or the run in output_dir is
             already past train.max_steps; nothing was written.
-        RuntimeError: the model fails `Policy.prove_isolation` (nothing was written), or NaN or
-            infinity during training; see `Trainer.train`.
+        RuntimeError: another process writes to output_dir, or the model fails
+            `Policy.prove_isolation` (nothing was written); NaN or infinity during training; see
+            `Trainer.train`.
     """
     folder = Path(config.output_dir)
     resumes = _resumes(folder, config, resume)
@@ -91,6 +92,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _resumes(folder: Path, config: GraceConfig, resume: bool | None) -> bool:
     """Whether to go on with what is in the folder."""
+    check_run_folder(folder)
     settings = folder / "config.yaml"
     if not settings.exists():
         return False

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -88,11 +91,62 @@ def test_a_second_run_is_refused_and_the_first_untouched(tmp_path):
     assert "tiny" in (tmp_path / "config.yaml").read_text()
 
 
-def test_a_folder_with_other_files_is_fine(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_other_files_is_refused_and_left(tmp_path, resume):
+    for name in ("a", "b", "config.yaml", "d"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"got other files in .* \(a, b, config\.yaml, \.\.\.\)"
+    ):
+        run_log(tmp_path, resume=resume)
+    with pytest.raises(NotADirectoryError, match=r"must be a folder, got the file .*/a;"):
+        run_log(tmp_path / "a", resume=resume)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"] * 4
+
+
+@pytest.mark.parametrize("left", [["run.lock", "config.yaml.tmp"], ["config.yaml.tmp"]])
+def test_what_a_kill_left_at_once_is_no_other_file(tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_text("1")
     with run_log(tmp_path):
         pass
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+HOLDER = """
+import sys, time
+from dataclasses import dataclass
+from tercet.engine.metrics import RunLog
+
+@dataclass
+class Settings:
+    model: str = "tiny"
+
+log = RunLog.create(sys.argv[1], Settings(), total_steps=1)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_process_writes_and_a_killed_one_no_longer(tmp_path):
+    command = [sys.executable, "-P", "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "ready\n"
+            before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+            with pytest.raises(RuntimeError, match=rf"got process {other.pid} at work in it; stop"):
+                run_log(tmp_path, resume=True)
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        finally:
+            other.kill()
+    with run_log(tmp_path, resume=True):
+        assert (tmp_path / "run.lock").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(RuntimeError, match=rf"got process {os.getpid()} at work"):
+            run_log(tmp_path, resume=True)
+    with pytest.raises(FileExistsError, match="must not hold a run yet"):
+        run_log(tmp_path)
+    with run_log(tmp_path, resume=True):  # a refusal keeps no lock
+        pass
 
 
 def test_rows_are_written_at_once(tmp_path):

@@ -350,7 +350,9 @@ def test_logging_steps_thin_the_samples_but_not_the_metrics(policy, tmp_path, ca
 
 
 def test_a_finished_run_is_not_trained_again(policy, tmp_path):
-    final = make_trainer(policy, LikesOneToken(), tmp_path, max_steps=2).train()
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path, max_steps=2)
+    final = trainer.train()
+    trainer.log.close()
     done = weights(policy)
     log = RunLog.create(tmp_path, TrainConfig(max_steps=2), total_steps=2, resume=True)
     again = Trainer(

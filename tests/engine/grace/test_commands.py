@@ -74,7 +74,8 @@ def test_eval_measures_both_modes(checkpoint, tmp_path, capsys):
     said = capsys.readouterr()
     plain, reasoned = map(json.loads, said.out.splitlines())
     assert (plain["rationales"], reasoned["rationales"]) == (False, True)
-    assert [(m["rows"], m["rows_trained_on"]) for m in (plain, reasoned)] == [(3, 2)] * 2  # 1 of the 6 was held out
+    # the run held 1 of the 6 rows out
+    assert [(m["rows"], m["rows_trained_on"]) for m in (plain, reasoned)] == [(3, 2)] * 2
     assert "grace eval: not the held-out rows of the run (columns {} -> {'query': " in said.err
     assert "grace eval: 2 of 3 rows measured are rows that the run trained on" in said.err
     for measures in (plain, reasoned):

@@ -144,6 +144,9 @@ def test_other_settings_are_not_mixed_into_one_folder(config):
     _claim(folder, replace(config, seeds=[0, 1]))
     with pytest.raises(ConfigError, match="got other settings"):
         _claim(folder, replace(config, num_train=11))
+    (folder / "config.yaml").rename(folder / "notes.yaml")
+    with pytest.raises(FileExistsError, match=r"got other files in .*notes\.yaml"):
+        _claim(folder, config)
 
 
 def test_seeds_and_methods_are_checked(config, data):

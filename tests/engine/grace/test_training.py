@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,9 @@ def test_a_checkpoint_embeds_as_its_run_did_wherever_it_is_copied(make_config, t
     encoder = GraceEncoder.from_pretrained(tmp_path / "elsewhere", device="cpu")
     assert (encoder.prompt.system_prompt, encoder.prompt.max_prompt_length) == ("Think.", 200)
     assert (encoder.max_completion_length, encoder.pooling) == (8, "penultimate_mean")
+
+
+def test_no_such_pooling(make_config):
     with pytest.raises(ValueError, match=r"GraceConfig: pooling must be one of \('mean', .*'cls'"):
         make_config(pooling="cls")
 
@@ -134,6 +138,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(make_config):
 
 def untimed(row):
     return {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_s", "memory"))}
+
+
+def test_a_folder_of_other_files_is_refused_at_once_and_left(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("mine: true\n")
+    for resume in (None, True, False):
+        with pytest.raises(FileExistsError, match=r"got other files in .*run \(config\.yaml\)"):
+            train(replace(make_config(), model="/no/such/model"), resume=resume)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert (tmp_path / "run" / "config.yaml").read_text() == "mine: true\n"
 
 
 def test_output_folder_exists(make_config, tmp_path):
