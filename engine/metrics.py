@@ -15,9 +15,10 @@ where it is not plain:
 
 from __future__ import annotations
 
+import io
 import json
-import time
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +38,12 @@ ROW_FILES = ("metrics.jsonl", "samples.jsonl", EVENTS)
 class RunLog:
     """Writes a run's folder and shows its progress; one process writes, any number may read.
 
-    def __init__(self, folder: Path, *, total_steps: int, file: IO[str] | None = None) -> None:
+    The folder is locked until `close`, or until the process ends in whatever way.
+    """
+
+    def __init__(
+        self, folder: Path, *, total_steps: int, file: IO[str] | io.TextIOBase | None = None
+    ) -> None:
         self.folder = folder
         self.step = 0  # the step that warnings belong to; the trainer moves it on
         self.total_steps = total_steps
@@ -45,19 +51,19 @@ class RunLog:
         self._console = Console(file=file, highlight=False)
         self._live = Live(console=self._console, auto_refresh=False)
         self._tensorboard = None
+        self._lock: int | None = None
         self._started = time.monotonic()
         self._first_step: int | None = None  # of this process; the ETA counts from there
 
     @classmethod
     def create(
         cls,
-        self._lock: int | None = None
         folder: str | Path,
         config: Any,
         *,
         total_steps: int,
         resume: bool = False,
-        file: IO[str] | None = None,
+        file: IO[str] | io.TextIOBase | None = None,
     ) -> RunLog:
         """Opens a run's folder and writes config.yaml and env.json.
 
@@ -138,22 +144,16 @@ class RunLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
-    def _event(self, kind: str, message: str) -> None:
-        append_jsonl(self.folder / EVENTS, [{"step": self.step, "kind": kind, "message": message}])
-        self._print(f"{'warning: ' if kind == 'warning' else ''}{message}")
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, soft_wrap=True)
     def _take_lock(self) -> None:
         try:
             self._lock = lock(self.folder / LOCK)
@@ -178,6 +178,12 @@ class RunLog:
         replace_text(folder / "config.yaml", settings)
         replace_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
 
+    def _event(self, kind: str, message: str) -> None:
+        append_jsonl(self.folder / EVENTS, [{"step": self.step, "kind": kind, "message": message}])
+        self._print(f"{'warning: ' if kind == 'warning' else ''}{message}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def _eta(self, step: int) -> float | None:
         """Seconds left, from the pace of this process; None before the first step is done."""
@@ -206,12 +212,6 @@ class RunLog:
             self._tensorboard.add_scalar(key, value, step)
 
 
-def progress_line(
-    step: int, total_steps: int, metrics: Mapping[str, float], *, eta_s: float | None
-) -> str:
-    """One line about a step; what was not measured is left out."""
-    parts = [f"step {step}/{total_steps}"]
-    for key, shown in (
 def check_run_folder(folder: Path) -> None:
     """Refuses a folder that holds files and is no run.
 
@@ -234,6 +234,12 @@ def check_run_folder(folder: Path) -> None:
         )
 
 
+def progress_line(
+    step: int, total_steps: int, metrics: Mapping[str, float], *, eta_s: float | None
+) -> str:
+    """One line about a step; what was not measured is left out."""
+    parts = [f"step {step}/{total_steps}"]
+    for key, shown in (
         ("reward/mean", "reward {:.3f}"),
         ("kl", "kl {:.4f}"),
         ("tokens_per_s", "{:.0f} tok/s"),
