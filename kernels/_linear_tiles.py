@@ -1,10 +1,14 @@
-"""How linear_logp cuts rows and vocabulary into tiles, and the products on them."""
+"""How linear_logp cuts rows and vocabulary into tiles, the products, and the rows of a tile."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tercet.kernels import _row_softmax as rs
+from tercet.kernels import _row_softmax_cpu as compiled
+from tercet.kernels import _row_softmax_triton as fused
+from tercet.kernels._checks import RowImpl, check_number
 from tercet.kernels.reference import accumulator_dtype
 
 MEBI = 2**20
@@ -22,16 +26,29 @@ class Plan(NamedTuple):
     kept: int
 
 
+def columns_of(vocab: int, most: int) -> int:
+    """Width of a tile of at most `most` columns."""
+    width = max(1, min(vocab, most))
+    return width - width % 64 if 64 < width < vocab else width
+
+
 def make_plan(
-    rows: int, vocab: int, itemsize: int, buffers: int, budget_mb: int, cuda: bool
+    rows: int, weight: Tensor, itemsize: int, tiles: int, parts: int, budget_mb: int
 ) -> Plan:
-    """Cuts rows x vocab logits so that `buffers` tiles and the kept rows stay within the budget."""
-    tile_bytes = min(CUDA_TILE_BYTES if cuda else CPU_TILE_BYTES, budget_mb * MEBI // buffers)
-    height = max(1, min(rows, CUDA_HEIGHT if cuda else CPU_HEIGHT))
-    width = max(1, min(vocab, tile_bytes // (height * itemsize)))
-    if 64 < width < vocab:
-        width -= width % 64
-    spare = budget_mb * MEBI - buffers * height * width * itemsize
+    """Cuts the logits so that the tiles, the parts of the weight and the kept rows fit the budget.
+
+    At a time there are `tiles` tiles of logits and `parts` cast parts of the weight, each as many
+    of its rows as a tile has columns.
+    """
+    vocab, hidden = weight.shape
+    most_bytes, most_rows = CPU_TILE_BYTES, CPU_HEIGHT
+    if weight.is_cuda:
+        most_bytes, most_rows = CUDA_TILE_BYTES, CUDA_HEIGHT
+    tile_bytes = min(most_bytes, budget_mb * MEBI // (tiles + parts))
+    height = max(1, min(rows, most_rows))
+    longest = max(height, hidden) if parts else height
+    width = columns_of(vocab, tile_bytes // (longest * itemsize))
+    spare = budget_mb * MEBI - (tiles * height + parts * hidden) * width * itemsize
     return Plan(height, width, max(0, min(rows, spare // (vocab * itemsize))))
 
 
@@ -52,6 +69,11 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def half_products(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the operands stay in half precision, and only their products are float32."""
+    return hidden.is_cuda and hidden.dtype == weight.dtype != accumulator_dtype(hidden)
+
+
 class Head(NamedTuple):
     """Operands of the products: half precision stays so on CUDA, else all is float32 (float64)."""
 
@@ -63,7 +85,7 @@ class Head(NamedTuple):
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "Head":
         accumulator = accumulator_dtype(hidden)
-        half = hidden.is_cuda and hidden.dtype == weight.dtype
+        half = half_products(hidden, weight)
         flat = hidden.reshape(-1, hidden.shape[-1])
         return Head(flat if half else flat.to(accumulator), weight, bias, accumulator)
 
@@ -75,6 +97,79 @@ class Head(NamedTuple):
         weight, bias = chunk
         product(self.hidden[rows], weight.t(), out=out)
         return out if bias is None else out.add_(bias)
+
+
+class Cap(NamedTuple):
+    """Logits are logit_scale times the products, then softcap tanh(x / softcap) if there is one."""
+
+    logit_scale: float
+    softcap: float | None
+
+    def query(self, query: rs.Query) -> rs.Query:
+        """Without a cap the scale joins that of the rows."""
+        if self.softcap is not None:
+            return query
+        return query._replace(scale=query.scale * self.logit_scale)
+
+    def apply(self, x: Tensor) -> None:
+        """Caps products in place."""
+        if self.softcap is not None:
+            x.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, x: Tensor, *, out: Tensor) -> Tensor:
+        """Derivative of capped logits x by the products."""
+        assert self.softcap is not None
+        torch.mul(x, x, out=out)
+        return out.mul_(-self.logit_scale / self.softcap**2).add_(self.logit_scale)
+
+    def check(self, op: str) -> None:
+        """Raises TypeError or ValueError unless both are positive numbers."""
+        named = {"logit_scale": self.logit_scale}
+        named |= {} if self.softcap is None else {"softcap": self.softcap}
+        check_number(op, **named)
+        for name, value in named.items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{op}: {name} must be > 0 and finite, got {value}")
+
+
+def add_tile(
+    impl: RowImpl,
+    state: rs.RowState,
+    x: Tensor,
+    query: rs.Query,
+    *,
+    first_column: int,
+    entropy: bool,
+    work: Tensor,
+    scratch: Tensor | None,
+) -> None:
+    """Adds a tile of logits to the state; "torch" writes over work and, for entropy, scratch."""
+    if impl == "torch":
+        rs.add_tile(state, x, query, first_column=first_column, work=work, scratch=scratch)
+        return
+    forward = fused.forward if impl == "triton" else compiled.forward
+    at = fused.rows_of("linear", "tile", x)
+    forward(x, at, *query, state, first_column=first_column, entropy=entropy)
+
+
+def grad_tile(
+    impl: RowImpl,
+    out: Tensor,
+    x: Tensor,
+    query: rs.Query,
+    grads: rs.RowGrads,
+    *,
+    first_column: int,
+    entropy: bool,
+    scratch: Tensor | None,
+) -> None:
+    """Gradient of a tile of logits into `out`, which may be x; scratch: "torch" with entropy."""
+    if impl == "torch":
+        rs.grad_tile(out, x, query, grads, first_column=first_column, scratch=scratch)
+        return
+    backward = fused.backward if impl == "triton" else compiled.backward
+    at, parts = fused.rows_of("linear", "tile", x), (grads.coef, grads.target)
+    backward(out, x, at, query.targets, parts, first_column=first_column, entropy=entropy)
 
 
 class Tiles:

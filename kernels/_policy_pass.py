@@ -9,8 +9,6 @@ from tercet.kernels import _linear_tiles as lt
 from tercet.kernels import _policy_terms as pt
 from tercet.kernels import _policy_triton as fused
 from tercet.kernels import _row_softmax as rs
-from tercet.kernels import _row_softmax_cpu as compiled
-from tercet.kernels import _row_softmax_triton as row_kernels
 from tercet.kernels._checks import RowImpl
 from tercet.kernels._memory import empty_huge
 
@@ -27,8 +25,7 @@ class Needs(NamedTuple):
 
 class Options(NamedTuple):
     kind: pt.Kind
-    logit_scale: float
-    softcap: float | None
+    cap: lt.Cap
     needs: Needs
     memory_budget_mb: int
     impl: RowImpl
@@ -56,18 +53,15 @@ class Plan(NamedTuple):
         forward_height = _even(other, min(most_rows, area))
         return Plan(
             height,
-            _columns(vocab, area // max(height, hidden)),  # a part of the weight is a tile, too
+            lt.columns_of(
+                vocab, area // max(height, hidden)
+            ),  # a part of the weight is a tile, too
             forward_height,
-            _columns(vocab, area // max(forward_height, hidden)),
+            lt.columns_of(vocab, area // max(forward_height, hidden)),
         )
 
     def area(self) -> int:
         return max(self.height * self.width, self.forward_height * self.forward_width)
-
-
-def _columns(vocab: int, most: int) -> int:
-    width = max(1, min(vocab, most))
-    return width - width % 64 if 64 < width < vocab else width
 
 
 def _even(rows: int, most: int) -> int:
@@ -122,9 +116,7 @@ def policy_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, sums of the metrics, gradients of hidden, weight and bias, and their unit."""
     shape = torch.Size((*hidden.shape[:-1], len(weight)))
-    query = rs.flatten_query("policy_head", shape, targets, temperature, hidden)
-    if options.softcap is None:
-        query = query._replace(scale=query.scale * options.logit_scale)
+    query = options.cap.query(rs.flatten_query("policy_head", shape, targets, temperature, hidden))
     unit = _unit(tokens.weights, hidden, weight)
     tokens = tokens._replace(weights=tokens.weights / unit)
     head = lt.Head.of(hidden, weight, bias)
@@ -160,7 +152,7 @@ class _Pass:
         self.head, self.query, self.tokens, self.options = head, query, tokens, options
         weight, wide, needs = head.weight, head.accumulator, options.needs
         self.bonus = options.kind.entropy_coef > 0
-        buffers = 1 + (options.impl == "torch") + (options.softcap is not None)
+        buffers = 1 + (options.impl == "torch") + (options.cap.softcap is not None)
         tiles = buffers + (weight.dtype != head.hidden.dtype)  # one is a cast part of the weight
         others, budget = order.counted - order.live, options.memory_budget_mb
         self.plan = Plan.of(order.live, others, weight, wide.itemsize, tiles, budget)
@@ -213,25 +205,17 @@ class _Pass:
             work = self.buffer(0, height, columns)
             x = self.kept_tile(height, columns) if keep else work
             head.logits(slice(None), head.chunk(columns), out=x)
-            if self.options.softcap is not None:
-                cap = self.options.softcap
-                x.mul_(self.options.logit_scale / cap).tanh_().mul_(cap)
-            self.add_tile(state, x, query, columns, work)
+            self.options.cap.apply(x)
+            lt.add_tile(
+                self.options.impl, state, x, query, first_column=columns.start, entropy=True,
+                work=work, scratch=self.scratch(height, columns),
+            )  # fmt: skip
         if self.options.impl == "torch":
             rs.close(state, query)
         return rs.finish(state, query)
 
-    def add_tile(
-        self, state: rs.RowState, x: Tensor, query: rs.Query, columns: slice, work: Tensor
-    ) -> None:
-        first = columns.start
-        if self.options.impl == "torch":
-            scratch = self.buffer(1, len(x), columns)
-            rs.add_tile(state, x, query, first_column=first, work=work, scratch=scratch)
-            return
-        kernels = row_kernels if self.options.impl == "triton" else compiled
-        at = row_kernels.rows_of("policy_head", "tile", x)
-        kernels.forward(x, at, *query, state, first_column=first, entropy=True)
+    def scratch(self, height: int, columns: slice) -> Tensor | None:
+        return self.buffer(1, height, columns) if self.options.impl == "torch" else None
 
     def live(self, grads: rs.RowGrads) -> Tensor | None:
         """Rows to keep for the products, None for all; a CUDA device is waited for."""
@@ -280,7 +264,7 @@ class _Pass:
         grads: rs.RowGrads,
     ) -> Tensor:
         """Gradient of the live rows' logits, in the dtype of the products."""
-        first, cap = columns.start, self.options.softcap
+        first, cap = columns.start, self.options.cap
         x = self.kept_tile(height, columns)
         out = self.buffer(0, len(query.scale), columns)
         if self.options.impl == "triton":
@@ -288,24 +272,18 @@ class _Pass:
             out = half[: out.numel()].view(out.shape)
             fused.row_gradient(
                 out, x, live, query, grads, first_column=first, entropy=self.bonus,
-                logit_scale=self.options.logit_scale, softcap=cap,
+                logit_scale=cap.logit_scale, softcap=cap.softcap,
             )  # fmt: skip
             return out
         if live is not None:
             x = torch.index_select(x, 0, live, out=out)
         factor = None
-        if cap is not None:
-            scale = self.options.logit_scale
-            factor = torch.mul(x, x, out=self.buffer(-1, len(out), columns))
-            factor.mul_(-scale / cap**2).add_(scale)
-        if self.options.impl == "cpp":
-            at, parts = row_kernels.rows_of("policy_head", "tile", x), (grads.coef, grads.target)
-            compiled.backward(
-                out, x, at, query.targets, parts, first_column=first, entropy=self.bonus
-            )
-        else:
-            scratch = self.buffer(1, len(out), columns) if self.bonus else None
-            rs.grad_tile(out, x, query, grads, first_column=first, scratch=scratch)
+        if cap.softcap is not None:
+            factor = cap.slope(x, out=self.buffer(-1, len(out), columns))
+        lt.grad_tile(
+            self.options.impl, out, x, query, grads, first_column=first, entropy=self.bonus,
+            scratch=self.scratch(len(out), columns) if self.bonus else None,
+        )  # fmt: skip
         if factor is not None:
             out.mul_(factor)
         return out.to(self.head.hidden.dtype)

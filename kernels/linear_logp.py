@@ -1,30 +1,30 @@
 r"""Log-probability of chosen tokens and entropy of each row, from hidden states and the LM head.
 
-    x = hidden weight^T + bias,  then as token_logp; the N V logits never exist as a whole.
+    x = logit_scale (hidden weight^T + bias),  capped where softcap is given,  then as token_logp
 
-Vocabulary chunks of the logits pass through a tile, and each row's maximum and sum are carried
-from chunk to chunk.  The backward recomputes them: given the row's sum the gradient of a chunk is
-final, so a chunk of the weight's gradient is written once while that of `hidden` accumulates in
-float32.  As many rows as the memory budget allows keep their logits instead, so that a step costs
-3 to 4 products of 2 N H V FLOPs; rows without upstream gradient leave before the backward's.
+The N V logits never exist as a whole.  Vocabulary chunks of them pass through a tile, and each
+row's maximum and sum are carried from chunk to chunk.  The backward recomputes them: given the
+row's sum the gradient of a chunk is final, so a chunk of the weight's gradient is written once
+while that of `hidden` accumulates in float32.  As many rows as the memory budget allows keep their
+logits instead, so that a step costs 3 to 4 products of 2 N H V FLOPs; rows without upstream
+gradient leave before the backward's.
 Related: arXiv:2411.09009 (recompute from saved sums), arXiv:2410.10989 (chunks of rows).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from tercet.kernels import _linear_tiles as lt
 from tercet.kernels import _row_softmax as rs
-from tercet.kernels import _row_softmax_triton as fused
-from tercet.kernels._checks import Impl, check_float, check_same_device, use_triton
+from tercet.kernels._checks import Impl, RowImpl, check_float, check_same_device, choose_rows
 from tercet.kernels._memory import empty_huge
 from tercet.kernels._typing import Float, Int
 from tercet.kernels.reference import TokenLogp, accumulator_dtype
 from tercet.kernels.token_logp import flat_grads
 
-CPU_BUDGET_MB = 112
+CPU_BUDGET_MB = 168
 CUDA_BUDGET_MB = 2048
 
 
@@ -34,7 +34,18 @@ class _Options(NamedTuple):
     entropy: bool
     save: bool  # keep logits for the backward
     memory_budget_mb: int
-    triton: bool
+    impl: RowImpl
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def cap(self) -> lt.Cap:
+        return lt.Cap(self.logit_scale, self.softcap)
+
+    @property
+    def buffers(self) -> int:
+        """Tiles that `lt.Tiles` holds: of logits, for the entropy in PyTorch, for the cap."""
+        return 1 + (self.entropy and self.impl == "torch") + (self.softcap is not None)
 
 
 @torch.library.custom_op("tercet::linear_logp", mutates_args=())
@@ -47,71 +58,85 @@ def _linear_logp(
     entropy: bool,
     save: bool,
     memory_budget_mb: int,
-    triton: bool,
+    impl: str,
+    logit_scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = _Options(entropy, save, memory_budget_mb, triton)
-    shape = torch.Size((*hidden.shape[:-1], len(weight)))
-    query = rs.flatten_query("linear_logp", shape, targets, temperature, hidden)
+    options = _Options(entropy, save, memory_budget_mb, cast(RowImpl, impl), logit_scale, softcap)
+    query = _query(hidden, weight, targets, temperature, options)
     head = lt.Head.of(hidden, weight, bias)
     plan = _plan(hidden, weight, options)
     kept = empty_huge([plan.kept, len(weight)], dtype=head.accumulator, device=hidden.device)
-    tiles = lt.Tiles(plan, 2 if entropy and not triton else 1, kept)
+    tiles = lt.Tiles(plan, options.buffers, kept)
     result = rs.finish(_forward(head, query, tiles, options), query)
+    rows = hidden.shape[:-1]
     no_entropy = result.stats.new_empty(0)
     return (
         result.logp.view(targets.shape),
-        result.entropy.view(shape[:-1]) if entropy else no_entropy,
+        result.entropy.view(rows) if entropy else no_entropy,
         result.stats,
         kept,
     )
 
 
 @_linear_logp.register_fake
-def _(hidden, weight, bias, targets, temperature, entropy, save, memory_budget_mb, triton):
+def _(hidden, weight, bias, targets, temperature, *options):
     dtype = accumulator_dtype(hidden)
     rows = hidden.shape[:-1]
-    plan = _plan(hidden, weight, _Options(entropy, save, memory_budget_mb, triton))
+    chosen = _Options(*options)
+    plan = _plan(hidden, weight, chosen)
     return (
         hidden.new_empty(targets.shape, dtype=dtype),
-        hidden.new_empty(rows if entropy else (0,), dtype=dtype),
+        hidden.new_empty(rows if chosen.entropy else (0,), dtype=dtype),
         hidden.new_empty((2, rows.numel()), dtype=dtype),
         hidden.new_empty((plan.kept, weight.shape[0]), dtype=dtype),
     )
 
 
+def _query(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, options: _Options
+) -> rs.Query:
+    shape = torch.Size((*hidden.shape[:-1], len(weight)))
+    query = rs.flatten_query("linear_logp", shape, targets, temperature, hidden)
+    return options.cap.query(query)
+
+
 def _plan(hidden: Tensor, weight: Tensor, options: _Options) -> lt.Plan:
+    wide = accumulator_dtype(hidden)
+    half = lt.half_products(hidden, weight)
+    parts = (weight.dtype != wide) + (weight.dtype != wide and not half)
     plan = lt.make_plan(
         hidden.shape[:-1].numel(),
-        weight.shape[0],
-        accumulator_dtype(hidden).itemsize,
-        2 if options.entropy or hidden.is_cuda else 1,  # tiles at a time
+        weight,
+        wide.itemsize,
+        options.buffers + half,  # where the gradient of a tile is cast
+        parts,  # of the gradient, and of the weight where it is cast
         options.memory_budget_mb,
-        hidden.is_cuda,
     )
     return plan if options.save else plan._replace(kept=0)
 
 
 def _forward(head: lt.Head, query: rs.Query, tiles: lt.Tiles, options: _Options) -> rs.RowState:
+    whole = rs.empty_state(query)
     blocks = tiles.blocks(len(head.hidden))
-    queries = [query.rows(rows) for rows in blocks]
-    states = [rs.empty_state(part) for part in queries]
+    parts = [
+        (rows, query.rows(rows), rs.RowState(whole.stats[:, rows], whole.picked[rows]))
+        for rows in blocks
+    ]
+    scratch = options.entropy and options.impl == "torch"
     for columns in lt.cuts(0, len(head.weight), tiles.plan.width):
-        chunk, first = head.chunk(columns), columns.start
-        for rows, part, state in zip(blocks, queries, states, strict=True):
+        chunk = head.chunk(columns)
+        for rows, part, state in parts:
             work = tiles.buffer(0, rows, columns)
             x = tiles.kept(rows, columns) if rows.stop <= tiles.plan.kept else work
             head.logits(rows, chunk, out=x)
-            if options.triton:
-                at = fused.rows_of("linear_logp", "tile", x)
-                fused.forward(x, at, *part, state, first_column=first, entropy=options.entropy)
-            else:
-                scratch = tiles.buffer(1, rows, columns) if options.entropy else None
-                rs.add_tile(state, x, part, first_column=first, work=work, scratch=scratch)
-    whole = rs.empty_state(query)
-    for rows, state in zip(blocks, states, strict=True):
-        whole.stats[:, rows] = state.stats
-        whole.picked[rows] = state.picked
-    if not options.triton:
+            options.cap.apply(x)
+            lt.add_tile(
+                options.impl, state, x, part,
+                first_column=columns.start, entropy=options.entropy,
+                work=work, scratch=tiles.buffer(1, rows, columns) if scratch else None,
+            )  # fmt: skip
+    if options.impl == "torch":
         rs.close(whole, query)
     return whole
 
@@ -126,34 +151,37 @@ def _linear_logp_backward(
     targets: Tensor,
     temperature: Tensor,
     logp: Tensor,
-    entropy: Tensor,
+    entropies: Tensor,
     stats: Tensor,
     kept: Tensor,
     needs: list[bool],
-    options: list[int],
+    entropy: bool,
+    save: bool,
+    memory_budget_mb: int,
+    impl: str,
+    logit_scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _Options(bool(options[0]), bool(options[1]), options[2], bool(options[3]))
-    shape = torch.Size((*hidden.shape[:-1], len(weight)))
-    query = rs.flatten_query("linear_logp", shape, targets, temperature, hidden)
-    grads = flat_grads(g, g_entropy, logp, entropy, stats, query)
+    options = _Options(entropy, save, memory_budget_mb, cast(RowImpl, impl), logit_scale, softcap)
+    query = _query(hidden, weight, targets, temperature, options)
+    grads = flat_grads(g, g_entropy, logp, entropies, stats, query)
     head = lt.Head.of(hidden, weight, bias)
-    scratch = g_entropy is not None and not chosen.triton
-    tiles = lt.Tiles(_plan(hidden, weight, chosen), 2 if scratch else 1, kept)
+    tiles = lt.Tiles(_plan(hidden, weight, options), options.buffers, kept)
     index, blocks = lt.live_blocks(grads.live, tiles)
     if index is not None:
         query, grads = query.rows(index), grads.rows(index)
         head = head._replace(hidden=head.hidden[index])
     elif lt.capturing(hidden):  # dead rows stay, and must not spread their NaN
         head = head._replace(hidden=head.hidden.masked_fill(~grads.live[:, None], 0.0))
-    todo = _Backward(head, query, grads, tiles, g_entropy is not None, chosen.triton)
+    todo = _Backward(head, query, grads, tiles, g_entropy is not None, options)
     d_live, d_weight, d_bias = todo.run(blocks, *needs)
     return _scatter(d_live, index, hidden) if needs[0] else d_live, d_weight, d_bias
 
 
 @_linear_logp_backward.register_fake
 def _(
-    g, g_entropy, hidden, weight, bias, targets, temperature, logp, entropy, stats, kept,
-    needs, options,
+    g, g_entropy, hidden, weight, bias, targets, temperature, logp, entropies, stats, kept,
+    needs, *options,
 ):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
@@ -177,8 +205,8 @@ class _Backward(NamedTuple):
     query: rs.Query
     grads: rs.RowGrads
     tiles: lt.Tiles
-    entropy: bool
-    triton: bool
+    entropy: bool  # has an upstream gradient
+    options: _Options
 
     def run(
         self, blocks: list[lt.LiveBlock], need_hidden: bool, need_weight: bool, need_bias: bool
@@ -214,42 +242,46 @@ class _Backward(NamedTuple):
     def tile(
         self, block: lt.LiveBlock, columns: slice, chunk: tuple[Tensor, Tensor | None]
     ) -> Tensor:
-        """Gradient of the logits of a tile, in the dtype of the products."""
-        rows, first = block.rows, columns.start
+        """Gradient of the products of a tile, in the dtype of theirs."""
+        rows, cap, impl = block.rows, self.options.cap, self.options.impl
         x = out = self.tiles.buffer(0, rows, columns)
         if block.source is None:
             self.head.logits(rows, chunk, out=x)
+            cap.apply(x)
         elif block.inside is None:
             x = self.tiles.kept(block.source, columns)
         else:
             torch.index_select(self.tiles.kept(block.source, columns), 0, block.inside, out=x)
-        query, grads = self.query.rows(rows), self.grads.rows(rows)
-        if not self.triton:
-            scratch = self.tiles.buffer(1, rows, columns) if self.entropy else None
-            rs.grad_tile(out, x, query, grads, first_column=first, scratch=scratch)
-            return out.to(self.head.hidden.dtype)
-        if out.dtype != self.head.hidden.dtype:
+        slope = None
+        if cap.softcap is not None:
+            slope = cap.slope(x, out=self.tiles.buffer(-1, rows, columns))
+        elif impl == "triton" and out.dtype != self.head.hidden.dtype:  # casts on its way
             out = torch.empty_like(out, dtype=self.head.hidden.dtype)
-        at = fused.rows_of("linear_logp", "tile", x)
-        parts = (grads.coef.contiguous(), grads.target)
-        fused.backward(out, x, at, query.targets, parts, first_column=first, entropy=self.entropy)
-        return out
+        lt.grad_tile(
+            impl, out, x, self.query.rows(rows), self.grads.rows(rows),
+            first_column=columns.start, entropy=self.entropy,
+            scratch=self.tiles.buffer(1, rows, columns)
+            if self.entropy and impl == "torch" else None,
+        )  # fmt: skip
+        if slope is not None:
+            out.mul_(slope)
+        return out.to(self.head.hidden.dtype)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], *output)
-    ctx.options = list(inputs[5:])
+    ctx.options = _Options(*inputs[5:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, g_entropy, *_):
-    g_entropy = g_entropy if ctx.options[0] else None
+    none = (None,) * len(ctx.options)
+    g_entropy = g_entropy if ctx.options.entropy else None
     needs = list(ctx.needs_input_grad[:3])
     if (g is None and g_entropy is None) or not any(needs):
-        return (None,) * 9
-    options = [int(option) for option in ctx.options]
-    grads = _linear_logp_backward(g, g_entropy, *ctx.saved_tensors, needs, options)
-    return *(d if need else None for d, need in zip(grads, needs, strict=True)), *(None,) * 6
+        return (None,) * 5 + none
+    grads = _linear_logp_backward(g, g_entropy, *ctx.saved_tensors, needs, *ctx.options)
+    return *(d if need else None for d, need in zip(grads, needs, strict=True)), None, None, *none
 
 
 _linear_logp.register_autograd(_backward, setup_context=_setup_context)
@@ -299,28 +331,35 @@ def linear_logp(
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     temperature: float | Float[Tensor, "*rows"] = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_entropy: bool = False,
     memory_budget_mb: int | None = None,
     impl: Impl = "auto",
 ) -> TokenLogp:
     """Log-softmax of (hidden weight^T + bias) / temperature at the targets, in nats, and entropy.
 
-    Both are differentiable in hidden, weight and bias; what needs no gradient costs no product,
-    and a row without upstream gradient none in the backward.  On CUDA the products run in half
-    precision when hidden and weight share that dtype, with float32 logits and sums; else in
-    float32.
+    A log-prob is never above 0.  Both are differentiable in hidden, weight and bias; what needs
+    no gradient costs no product, and a row without upstream gradient none in the backward.  On
+    CUDA the products run in half precision when hidden and weight share that dtype, with float32
+    logits and sums; else in float32.
 
     Args:
         targets: int32 or int64, [*rows] or [*rows, K].
         temperature: > 0, one number or one per row; gets no gradient.
+        softcap: logits are softcap * tanh(logits / softcap), as in Gemma 2.
+        logit_scale: > 0, factor on the logits before the cap, as in Cohere.
         memory_budget_mb: MiB of workspace beside the results and tensors of N x hidden: tiles,
-            and the logits of as many rows as fit.  None means 112 on a CPU and 2048 on CUDA.
+            parts of a weight in half precision that are cast, and the logits of as many rows as
+            fit: with all of them a step costs three products, with none four.  None means 168 on
+            a CPU and 2048 on CUDA.
 
     Raises:
         TypeError: type or dtype of an argument, or a DTensor.
         IndexError: a target outside the vocabulary on a CPU; on CUDA, which is not waited for, it
             gives NaN.
-        ValueError: shape, device, memory_budget_mb < 1 or temperature <= 0.
+        ValueError: shape, device, memory_budget_mb < 1, or temperature, softcap or logit_scale
+            <= 0.
         RuntimeError: impl="triton" where Triton cannot run.
     """
     check_head("linear_logp", hidden, weight, bias)
@@ -328,11 +367,15 @@ def linear_logp(
     if memory_budget_mb is None:
         memory_budget_mb = CUDA_BUDGET_MB if hidden.is_cuda else CPU_BUDGET_MB
     check_budget("linear_logp", memory_budget_mb)
-    triton = use_triton("linear_logp", impl, hidden)
-    if triton and hidden.dtype == torch.float64:
-        raise TypeError("linear_logp: impl='triton' computes in float32, got float64 hidden")
+    lt.Cap(logit_scale, softcap).check("linear_logp")
     tensors = [x for x in (hidden, weight, bias) if x is not None]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    options = _Options(return_entropy, save, memory_budget_mb, triton)
+    options = _Options(
+        entropy=return_entropy,
+        save=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        memory_budget_mb=memory_budget_mb,
+        impl=choose_rows("linear_logp", impl, hidden),
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+    )
     logp, entropy, _, _ = _linear_logp(hidden, weight, bias, targets, temperatures, *options)
     return TokenLogp(logp, entropy if return_entropy else None)

@@ -19,10 +19,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from tercet.kernels import _linear_tiles as lt
 from tercet.kernels import _policy_pass as run
 from tercet.kernels import _policy_terms as pt
 from tercet.kernels import _row_softmax as rs
-from tercet.kernels._checks import Impl, RowImpl, check_number, choose_rows
+from tercet.kernels._checks import Impl, RowImpl, choose_rows
 from tercet.kernels._policy_checks import check_tokens, token_weights
 from tercet.kernels._policy_config import PolicyLossConfig
 from tercet.kernels._typing import Bool, Float, Int
@@ -58,7 +59,7 @@ def _policy_head(
     given = old_logp, advantage, ref_logp, sampler_logp
     options = run.Options(
         pt.Kind.parse(loss_type, kl_estimator, numbers),
-        logit_scale, softcap, run.Needs(*needs), memory_budget_mb, cast(RowImpl, impl),
+        lt.Cap(logit_scale, softcap), run.Needs(*needs), memory_budget_mb, cast(RowImpl, impl),
     )  # fmt: skip
     tokens = pt.Tokens.flat(accumulator_dtype(hidden), counted, weights, *given)
     return run.policy_pass(hidden, weight, bias, targets, temperature, tokens, options)
@@ -172,7 +173,7 @@ def policy_head(
         "sampler_logp": sampler_logp,
     }
     check_tokens(op, config, hidden, shape, mask, **given, weights=weights)
-    _check_scales(softcap, logit_scale)
+    lt.Cap(logit_scale, softcap).check(op)
     if memory_budget_mb is None:
         memory_budget_mb = CUDA_BUDGET_MB if hidden.is_cuda else CPU_BUDGET_MB
     check_budget(op, memory_budget_mb)
@@ -198,11 +199,3 @@ def policy_head(
         rows_impl,
     )  # fmt: skip
     return PolicyLoss(loss, pt.metrics_of(stats.detach()))
-
-
-def _check_scales(softcap: float | None, logit_scale: float) -> None:
-    named = {"logit_scale": logit_scale} | ({} if softcap is None else {"softcap": softcap})
-    check_number("policy_head", **named)
-    for name, value in named.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"policy_head: {name} must be > 0 and finite, got {value}")

@@ -19,6 +19,7 @@ MAX_LOG_RATIO = 20.0  # nats; differences of log-probs are cut here, where their
 DEFAULT_POLICY_LOSS = PolicyLossConfig()
 
 Repulsion = Literal["query", "document"]
+Reduction = Literal["mean", "sum", "none"]
 RewardForm = Literal["sum", "info_nce"]
 
 
@@ -148,6 +149,125 @@ def contrastive_reward_ref(
     return ContrastiveReward(total / temperature, positive, negative, consistency, hard)
 
 
+def info_nce_ref(
+    queries: Float[Tensor, "batch hidden"],
+    keys: Float[Tensor, "batch hidden"],
+    negatives: Float[Tensor, "*batch m hidden"] | None = None,
+    *,
+    temperature: float | Float[Tensor, ""] = 0.05,
+    normalize: bool = True,
+    symmetric: bool = False,
+    ids: Int[Tensor, " batch"] | None = None,
+    negative_ids: Int[Tensor, "*batch m"] | None = None,
+    false_negative_margin: float | None = None,
+    weight: Float[Tensor, " batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*batch_or_scalar"]:
+    """Cross-entropy of picking one's key among the candidates, nats.
+
+        loss_i = -log [ e^(s(q_i, k_i)/t) / sum over candidates c of e^(s(q_i, c)/t) ]
+
+    Candidates of row i: its key, the other keys, and the negatives: a pool [m, hidden] for all
+    rows, or its own of [batch, m, hidden].  s is the cosine, or the inner product without
+    normalize.  A candidate but the key is no negative where its id is the row's, or where
+    s(q_i, c) > s(q_i, k_i) - false_negative_margin (arXiv:2402.16829, with the model's own s).
+    symmetric: the mean of this and of a key's loss among all queries, without the negatives.
+    The mean is that of the weighted losses by the sum of the weights, 0 where that sum is 0.
+    Source: arXiv:1807.03748, eq. 4; arXiv:2103.00020, fig. 3 (symmetric).
+    """
+    unit = [_unit_or_same(x, normalize) for x in (queries, keys)]
+    s = unit[0] @ unit[1].T
+    positive = s.diagonal()
+    drop = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    if ids is not None:
+        drop = drop | (ids[:, None] == ids)
+    limit = torch.full_like(positive, torch.inf)
+    if false_negative_margin is not None:
+        limit = positive.detach() - false_negative_margin
+    of_rows, dropped = [s], [drop | (s > limit[:, None])]
+    if negatives is not None:
+        of_rows.append(_to_negatives(unit[0], _unit_or_same(negatives, normalize)))
+        dropped.append(of_rows[1] > limit[:, None])
+        if ids is not None and negative_ids is not None:
+            dropped[1] = dropped[1] | (ids[:, None] == negative_ids)
+    losses = _nce(positive, torch.cat(of_rows, 1), torch.cat(dropped, 1), temperature)
+    if symmetric:
+        losses = (losses + _nce(positive, s.T, (drop | (s > limit)).T, temperature)) / 2
+    weight = torch.ones_like(losses) if weight is None else weight
+    losses = losses * weight
+    if reduction == "mean":
+        total = weight.sum()
+        return losses.sum() / torch.where(total == 0, 1.0, total)
+    return losses.sum() if reduction == "sum" else losses
+
+
+def _unit_or_same(x: Tensor, normalize: bool) -> Tensor:
+    x = x.to(accumulator_dtype(x))
+    return F.normalize(x, dim=-1, eps=NORM_EPS) if normalize else x
+
+
+def _to_negatives(q: Tensor, n: Tensor) -> Tensor:
+    """Similarities with a pool or with every row's own negatives, [rows, m]."""
+    return q @ n.T if n.ndim == 2 else torch.einsum("ih,imh->im", q, n)
+
+
+def _nce(
+    positive: Tensor, negatives: Tensor, dropped: Tensor, temperature: float | Tensor
+) -> Tensor:
+    logits = (negatives / temperature).masked_fill(dropped, -torch.inf)
+    return -torch.cat([positive[:, None] / temperature, logits], dim=1).log_softmax(1)[:, 0]
+
+
+class SimilarityStats(NamedTuple):
+    """Where each row's key stands among its candidates; similarities have no temperature."""
+
+    positive: Float[Tensor, " batch"]  # similarity with the key
+    lse: Float[Tensor, " batch"]  # log-sum-exp of all similarities / temperature, nats
+    hardest: Float[Tensor, " batch"]  # largest similarity of a negative; -inf without one
+    hardest_index: Int[Tensor, " batch"]  # a key, or batch + a negative; -1 without one
+    rank: Int[Tensor, " batch"]  # 1 + the negatives that are not below the positive
+    margin: Float[Tensor, " batch"]  # positive - hardest
+
+
+def similarity_stats_ref(
+    queries: Float[Tensor, "batch hidden"],
+    keys: Float[Tensor, "batch hidden"],
+    negatives: Float[Tensor, "*batch m hidden"] | None = None,
+    *,
+    temperature: float | Float[Tensor, ""] = 0.05,
+    normalize: bool = True,
+    ids: Int[Tensor, " batch"] | None = None,
+    negative_ids: Int[Tensor, "*batch m"] | None = None,
+) -> SimilarityStats:
+    """Statistics of info_nce's similarities; candidates and ids as there."""
+    unit = [_unit_or_same(x, normalize) for x in (queries, keys)]
+    s = unit[0] @ unit[1].T
+    positive = s.diagonal()
+    drop = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    if ids is not None:
+        drop = drop | (ids[:, None] == ids)
+    if negatives is not None:
+        to_own = _to_negatives(unit[0], _unit_or_same(negatives, normalize))
+        no_negative = torch.zeros_like(to_own, dtype=torch.bool)
+        if ids is not None and negative_ids is not None:
+            no_negative = ids[:, None] == negative_ids
+        s, drop = torch.cat([s, to_own], dim=1), torch.cat([drop, no_negative], dim=1)
+    candidates = torch.cat([positive[:, None], s.masked_fill(drop, -torch.inf)], dim=1)
+    above = ~(s <= positive[:, None]) & ~drop
+    if not s.numel():
+        index = torch.empty(0, dtype=torch.int64, device=s.device)
+        return SimilarityStats(positive, positive, positive, index, index, positive)
+    hardest, index = candidates[:, 1:].max(1)
+    return SimilarityStats(
+        positive,
+        (candidates / temperature).logsumexp(1),
+        hardest,
+        torch.where(drop.all(1), -1, index),
+        1 + above.sum(1),
+        positive - hardest,
+    )
+
+
 class TokenLogp(NamedTuple):
     """Log-probability of the chosen tokens and entropy of each row, both in nats, float32."""
 
@@ -182,11 +302,19 @@ def linear_logp_ref(
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     temperature: float | Float[Tensor, "*rows"] = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_entropy: bool = False,
 ) -> TokenLogp:
-    """token_logp of hidden @ weight.T + bias, with the products in the accumulator's dtype."""
+    """token_logp of logit_scale (hidden @ weight.T + bias), capped by softcap tanh(x / softcap).
+
+    The products are in the accumulator's dtype.
+    """
     dtype = accumulator_dtype(hidden)
     logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return token_logp_ref(logits, targets, temperature=temperature, return_entropy=return_entropy)
 
 

@@ -13,10 +13,11 @@ import torch
 from tercet.kernels import _linear_tiles as tiles
 from tercet.kernels import _row_softmax_triton as kernels
 from tercet.kernels import linear_logp, token_logp
+from tercet.kernels._checks import choose_rows
 from tercet.kernels.reference import linear_logp_ref
 
 pytestmark = [
-    pytest.mark.parametrize("impl", ["triton", "torch"]),
+    pytest.mark.parametrize("impl", ["triton", "torch", "auto"]),  # auto: compiled on a CPU
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),  # of Triton's interpreter
 ]
 
@@ -73,18 +74,23 @@ def test_matches_float64(impl, shape, budget, device, judge, small_tiles):
     judge_both(judge, impl, inputs, targets, budget=budget)
 
 
-def test_plan_fills_the_budget(impl):
-    buffers = 2 if impl == "triton" else 1
-    plan = tiles.make_plan(9000, 1000, 4, buffers, 20, cuda=False)
-    spare = 20 * 2**20 - buffers * plan.height * plan.width * 4
-    assert 0 < plan.kept == spare // 4000
-    assert tiles.make_plan(10, 1000, 4, buffers, 20, cuda=False).kept == 10
-    assert tiles.make_plan(4096, 2**24, 4, buffers, 1, cuda=False).kept == 0
+def test_plan_fills_the_budget(impl, device):
+    weight = torch.empty(1000, 64, device=device)
+    tall = torch.empty(2**16, 4096, device="meta")
+    for count, parts in ((2, 0), (1, 2)):
+        plan = tiles.make_plan(9000, weight, 4, count, parts, 20)
+        spare = 20 * 2**20 - (count * plan.height + parts * 64) * plan.width * 4
+        assert 0 < plan.kept == spare // 4000
+        plan = tiles.make_plan(16, tall, 4, count, parts, 20)
+        assert (count * 16 + parts * 4096) * plan.width * 4 <= 20 * 2**20
+    assert tiles.make_plan(10, weight, 4, 1, 0, 20).kept == 10
+    assert tiles.make_plan(4096, torch.empty(2**24, 8, device="meta"), 4, 1, 0, 1).kept == 0
+    assert impl in ("triton", "torch", "auto")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes(impl, dtype, device, judge, small_tiles):
-    impl = "torch" if dtype == torch.float64 else impl
+    impl = "torch" if dtype == torch.float64 and impl == "triton" else impl
     inputs, targets = problem(20, 300, device=device, dtype=dtype)
     judge_both(judge, impl, inputs, targets, budget=40)
     out = linear_logp(*inputs[:2], targets, impl=impl)
@@ -112,9 +118,9 @@ def test_weight_gradient_accumulates_in_float32(impl, device, small_tiles):
     weight = torch.zeros(2, 1, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(2048, dtype=torch.long, device=device)
     dy = torch.full((2048,), 1.0625, device=device)
-    logp = linear_logp(hidden, weight, targets, impl="torch", memory_budget_mb=8).logp
+    logp = linear_logp(hidden, weight, targets, impl=impl, memory_budget_mb=8).logp
     assert torch.autograd.grad(logp, weight, dy)[0].tolist() == [[1088.0], [-1088.0]]
-    assert impl in ("triton", "torch")
+    assert impl in ("triton", "torch", "auto")
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per row"])
@@ -122,6 +128,23 @@ def test_temperature_and_leading_axes(impl, per_row, device, judge, small_tiles)
     inputs, targets = problem((2, 3, 5), 200, device=device)
     temperature = torch.rand(2, 3, 5, device=device) + 0.4 if per_row else 1.7
     judge_both(judge, impl, inputs, targets, budget=20, temperature=temperature)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("budget", KEPT, ids=KEPT.values())
+def test_softcap_and_logit_scale(impl, budget, softcap, device, judge, small_tiles):
+    """Logits of deviation 6 at a cap of 4, several targets each, half of the rows without dy."""
+    inputs, _ = problem(21, 300, device=device, spread=12.0)
+    targets = torch.randint(300, (21, 3), device=device)
+    dy = torch.randn(84, device=device)
+    dy[:30] = dy[63:73] = 0.0
+    options = {"softcap": softcap, "logit_scale": 0.5, "temperature": 0.7}
+    judge_both(judge, impl, inputs, targets, budget=budget, dy=dy, **options)
+
+
+def test_softcap_in_half_precision(impl, device, judge, small_tiles):
+    inputs, targets = problem(20, 300, device=device, dtype=torch.bfloat16, spread=12.0)
+    judge_both(judge, impl, inputs, targets, budget=80, softcap=5.0)
 
 
 def test_several_targets_per_row_may_repeat(impl, device, judge, small_tiles):
@@ -262,12 +285,13 @@ def test_kept_rows_save_their_recomputation(impl, device, small_tiles):
 def test_workspace_stays_within_the_budget(impl, budget_mb, device):
     if device.type != "cpu":
         pytest.skip("the CUDA allocator is asked in the bench")
+    impl = "torch" if impl == "triton" else impl  # the interpreter has workspace of its own
     hidden = torch.randn(512, 8, requires_grad=True)
     weight = torch.randn(16_384, 8, requires_grad=True)  # the logits would take 32 MiB
     targets = torch.randint(16_384, (512,))
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        out = linear_logp(hidden, weight, targets, impl="torch", memory_budget_mb=budget_mb)
+        out = linear_logp(hidden, weight, targets, impl=impl, memory_budget_mb=budget_mb)
         grads = torch.autograd.grad(out.logp.sum(), [hidden, weight])
     profiler: Any = profile.profiler
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -277,7 +301,7 @@ def test_workspace_stays_within_the_budget(impl, budget_mb, device):
         peak = max(peak, live)
     returned = sum(g.nbytes for g in grads)
     assert peak - returned <= budget_mb * 2**20 + 2**18
-    assert impl in ("triton", "torch")
+    assert impl in ("triton", "torch", "auto")
 
 
 def test_forward_alone_keeps_nothing(impl, device):
@@ -285,7 +309,8 @@ def test_forward_alone_keeps_nothing(impl, device):
     op = torch.ops.tercet.linear_logp
     temperature = torch.ones((), device=device)
     for save, rows in ((True, 20), (False, 0)):
-        kept = op(*inputs, targets, temperature, False, save, 8, impl == "triton")[3]
+        options = [False, save, 8, choose_rows("test", impl, inputs[0]), 1.0, None]
+        kept = op(*inputs, targets, temperature, *options)[3]
         assert kept.shape == (rows, 300)
     leaf = inputs[0].requires_grad_()
     with torch.no_grad():
@@ -397,7 +422,8 @@ def test_registration(impl, entropy, device):
     (hidden, weight, bias), targets = problem((2, 3), 11, device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     temperature = torch.rand(2, 3, device=device) + 0.5
-    options = [entropy, True, 8, impl == "triton"]
+    softcap = 5.0 if entropy else None
+    options = [entropy, True, 8, choose_rows("test", impl, hidden), 0.5, softcap]
     inputs = (*leaves, targets, temperature, *options)
     torch.library.opcheck(torch.ops.tercet.linear_logp.default, inputs)
     saved = [x.detach() for x in torch.ops.tercet.linear_logp(*inputs)]
@@ -407,7 +433,7 @@ def test_registration(impl, entropy, device):
     needs = [True, entropy, True]
     torch.library.opcheck(
         torch.ops.tercet.linear_logp_backward.default,
-        (*backward, needs, [int(option) for option in options]),
+        (*backward, needs, *options),
     )
 
 
@@ -472,7 +498,7 @@ def test_cuda_graph_replays_the_backward(impl):
     graph.replay()
     for got, want in zip(captured, expected, strict=True):
         torch.testing.assert_close(got, want)
-    assert impl in ("triton", "torch")
+    assert impl in ("triton", "torch", "auto")
 
 
 def test_rejects_a_sharded_weight(impl, device):
@@ -507,6 +533,8 @@ def _call(impl, hidden=(2, 3), weight=(6, 3), targets=(2,), bias=None, **options
         (partial(_call, bias=(5,)), ValueError, r"bias must be \[6\], got \(5,\)"),
         (partial(_call, temperature=-1.0), ValueError, r"temperature must be > 0, got -1\.0"),
         (partial(_call, memory_budget_mb=0), ValueError, "memory_budget_mb must be >= 1, got 0"),
+        (partial(_call, softcap=0.0), ValueError, r"softcap must be > 0 and finite, got 0\.0"),
+        (partial(_call, logit_scale=-1), ValueError, "logit_scale must be > 0 and finite, got -1"),
     ],
 )
 def test_rejects(impl, call, error, match):
