@@ -7,7 +7,7 @@ distinct are read once, and rows that are finished leave the batch.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from tercet.engine.records import Completion, Request
 COMPACT_BELOW = 0.75  # the batch is compacted when at most this share of its rows is still needed
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Anything that turns requests into completions, in the same order."""
 

@@ -15,7 +15,7 @@ from tercet.engine.records import Completion, Request, Rollouts, pack, split_by_
 from tercet.engine.train_config import TrainConfig
 from tercet.kernels._typing import Float
 
-Logps = list[Float[Tensor, " tokens"]]  # one entry per row, nats, of its completion's tokens
+Logps = list[Float[Tensor, " _"]]  # one entry per row, nats, of its completion's tokens
 
 
 class ScoredRollouts(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ from tercet.kernels._typing import Float
 __all__ = ["System", "TrainConfig", "Trainer"]
 
 
+@runtime_checkable
 class System(Protocol):
     """What is trained: where requests come from and what completions earn."""
 

@@ -13,6 +13,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+try:
+    import beartype  # noqa: F401
+    import jaxtyping
+except ModuleNotFoundError:  # on a bare GPU image
+    jaxtyping = None
+if jaxtyping:  # before anything imports the engine; kernels have functions that Triton rewrites
+    jaxtyping.install_import_hook("tercet.engine", "beartype.beartype")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
@@ -30,6 +38,14 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _annotations(request: pytest.FixtureRequest) -> None:
+    """Arguments of the engine are checked, but for a test that passes wrong ones on purpose."""
+    wrong = request.node.get_closest_marker("wrong_types") is not None
+    if jaxtyping:
+        jaxtyping.config.update("jaxtyping_disable", wrong)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -55,6 +55,7 @@ class FitConfig:
         return TrainConfig(**asdict(self))
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What is minimised."""
 

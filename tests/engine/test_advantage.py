@@ -72,6 +72,7 @@ def test_group_of_one_is_fine_without_a_group_baseline():
     assert advantages(rewards, groups, estimator="remax", baseline=rewards).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -91,6 +92,7 @@ def test_bad_options(kwargs, message):
         advantages(REWARDS, GROUPS, **kwargs)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("shape", [(0,), (2, 3), (5,)], ids=str)
 def test_bad_shapes(shape):
     with pytest.raises(ValueError, match="must both be"):

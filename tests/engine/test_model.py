@@ -50,6 +50,7 @@ def test_scaled_or_capped_logits_are_refused(config, model, named):
         Policy(model(small))
 
 
+@pytest.mark.wrong_types
 def test_models_that_are_no_causal_lm_are_refused():
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ValueError, match="causal language model with a head, got BertModel"):

@@ -183,6 +183,7 @@ def test_activation_checkpointing_changes_no_gradient_of_the_penultimate_mean(
         torch.testing.assert_close(plain, checked, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.wrong_types
 def test_unknown_and_mixed_poolings_are_refused(tiny_policy):
     known = r"\['mean', 'penultimate_mean', 'max', 'last_token'\], got 'cls'"
     with pytest.raises(ValueError, match=f"score: pooling must be one of {known}"):

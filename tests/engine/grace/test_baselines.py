@@ -245,6 +245,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(tiny_policy, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.wrong_types
 def test_bad_settings_are_named(tiny_policy):
     with pytest.raises(ValueError, match=r"at least 8 rows .* got 3"):
         Contrastive(tiny_policy, PAIRS[:3], config())

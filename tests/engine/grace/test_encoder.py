@@ -198,6 +198,7 @@ def test_an_empty_text_is_its_header_and_rationale(encoder):
     assert encoder.encode([""], max_completion_length=4).vectors.isfinite().all()
 
 
+@pytest.mark.wrong_types
 def test_bad_input_is_named(encoder, make_tiny_model):
     with pytest.raises(TypeError, match="got generator; put it in a list"):
         encoder.encode(text for text in ["a"])

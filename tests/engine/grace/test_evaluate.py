@@ -107,6 +107,7 @@ def test_retrieval_refuses_bad_relevance(relevant, message):
         retrieval_metrics(torch.randn(2, 4), torch.randn(3, 4), relevant)
 
 
+@pytest.mark.wrong_types
 def test_retrieval_refuses_nan_and_other_shapes():
     good, index = torch.randn(2, 4), torch.arange(2)
     bad = good.clone()
@@ -133,6 +134,7 @@ def test_spearman_against_pandas_ranks():
     assert spearman(x, -y) == pytest.approx(-expected, abs=1e-12)
 
 
+@pytest.mark.wrong_types
 def test_spearman_of_a_constant_is_nan_and_bad_input_is_refused():
     assert math.isnan(spearman(torch.ones(4), torch.arange(4.0)))
     with pytest.raises(ValueError, match="one length >= 2"):

@@ -191,6 +191,7 @@ def test_user_header_that_melts_into_the_text_is_refused(tiny_tokenizer):
         build_prompt(tokenizer, "boat")
 
 
+@pytest.mark.wrong_types
 def test_text_must_be_unicode_text(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"^build_prompt: text must be Unicode text"):
         build_prompt(tiny_tokenizer, "\ud800")

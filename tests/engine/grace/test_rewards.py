@@ -288,6 +288,7 @@ def test_non_finite_embeddings_are_named(which, message):
         grace_reward(rollouts, queries, negatives, FINISHED, RewardConfig())
 
 
+@pytest.mark.wrong_types
 def test_finished_must_fit():
     with pytest.raises(ValueError, match=r"finished must be bool \[2, 2\] .* \[2, 1\]"):
         grace_reward(ROLLOUTS, QUERIES, None, FINISHED[:, :1], RewardConfig())
@@ -295,6 +296,7 @@ def test_finished_must_fit():
         grace_reward(ROLLOUTS, QUERIES, None, FINISHED.float(), RewardConfig())
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

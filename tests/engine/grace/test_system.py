@@ -269,6 +269,7 @@ BAD_SETTINGS = {
 }
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("message", BAD_SETTINGS)
 def test_bad_settings(message):
     with pytest.raises(ValueError, match=r"^GraceConfig: ") as caught:
