@@ -10,7 +10,6 @@ or a full disk at any moment leaves the checkpoint before it as it was.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
-from tercet.engine.files import replace_text
+from tercet.engine.files import checkpoints, replace_text, sha256
 from tercet.engine.model import Policy
 
 MANIFEST, STATE, OPTIMIZER, RNG = "manifest.json", "trainer_state.json", "optimizer.pt", "rng.pt"
@@ -82,7 +81,7 @@ def save_checkpoint(
         replace_text(folder / "latest", final.name + "\n")
         _flush(folder)
     if save_total_limit is not None:
-        for old in _checkpoints(folder)[save_total_limit:]:
+        for old in checkpoints(folder)[save_total_limit:]:
             shutil.rmtree(old)
     return final
 
@@ -106,7 +105,7 @@ def load_latest(
         if fault is None:
             return _restore(path, policy, optimizer)
         warn(f"{path} is damaged ({fault}); going on from the checkpoint before it")
-    if _checkpoints(folder):
+    if checkpoints(folder):
         raise RuntimeError(
             f"load_latest: {folder} must hold a whole checkpoint, got only damaged ones; "
             "restore one from a copy, or start again in another folder"
@@ -173,7 +172,7 @@ def _restore(path: Path, policy: Policy, optimizer: Optimizer) -> Checkpoint:
 
 def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     """The checkpoint that `latest` names and those before it, newest first."""
-    found = _checkpoints(folder)
+    found = checkpoints(folder)
     pointer = folder / "latest"
     name = pointer.read_text().strip() if pointer.exists() else ""
     names = [path.name for path in found]
@@ -182,13 +181,6 @@ def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     if found:
         warn(f"{pointer} names no checkpoint ({name!r}); looking for the newest whole one")
     return found
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoint folders, newest first."""
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in folder.glob("checkpoint-*")]
-    found = [(int(match[1]), path) for match, path in numbered if match]
-    return [path for _, path in sorted(found, reverse=True)]
 
 
 @contextmanager
@@ -230,9 +222,7 @@ def _load_tensors(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _flush(path: Path) -> None:

@@ -21,7 +21,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -48,7 +48,7 @@ class RunLog:
         self.step = 0  # the step that warnings belong to; the trainer moves it on
         self.total_steps = total_steps
         self.about: dict[str, Any] = {}  # of the run; every checkpoint holds it
-        self._console = Console(file=file, highlight=False)
+        self._console = Console(file=cast("IO[str] | None", file), highlight=False)
         self._live = Live(console=self._console, auto_refresh=False)
         self._tensorboard = None
         self._lock: int | None = None
@@ -63,6 +63,7 @@ class RunLog:
         *,
         total_steps: int,
         resume: bool = False,
+        about: Mapping[str, Any] | None = None,
         file: IO[str] | io.TextIOBase | None = None,
     ) -> RunLog:
         """Opens a run's folder and writes config.yaml and env.json.
@@ -72,6 +73,7 @@ class RunLog:
             config: the dataclass the run was started from.
             total_steps: for the estimate of the time that is left.
             resume: go on with the run in the folder; an empty folder starts from the beginning.
+            about: what checkpoints are to say about the run besides its settings; as JSON holds it.
             file: where progress is shown; None: standard output.
 
         Raises:
@@ -84,7 +86,7 @@ class RunLog:
         check_run_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         log = cls(folder, total_steps=total_steps, file=file)
-        log.about = {"tercet": tercet.__version__, "settings": to_plain(config)}
+        log.about = {"tercet": tercet.__version__, "settings": to_plain(config), **(about or {})}
         log._take_lock()
         try:
             log._open(to_yaml(config), resume=resume)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tercet.engine.data import Rows, check_text, read_rows
+from tercet.engine.files import sha256
 from tercet.engine.grace.config import GraceData
 from tercet.engine.grace.prompts import PromptBuilder
 
@@ -77,6 +78,12 @@ def load_dataset(config: GraceData) -> Dataset:
     if shared := num_shared(test, train):
         notes.append(f"{shared} of {len(test)} held-out rows are training rows too")
     return Dataset(train=train, test=test, notes=notes)
+
+
+def data_digests(config: GraceData) -> dict[str, str]:
+    """The SHA-256 of each data file, under the name of its setting."""
+    files = {"path": config.path, "test_path": config.test_path}
+    return {name: sha256(file) for name, file in files.items() if file is not None}
 
 
 def num_shared(test: Sequence[Example], train: Sequence[Example]) -> int:

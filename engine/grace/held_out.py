@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tercet.engine.config import read_record
+from tercet.engine.files import sha256
 from tercet.engine.grace.config import GraceData, Mode
 from tercet.engine.grace.data import Example, load_dataset, num_shared
 
@@ -20,7 +21,7 @@ SPLIT = ("path", "mode", "columns", "remove", "test_path", "test_fraction", "spl
 class EvalData:
     """Which rows are measured; what is left out is as in the run that wrote the checkpoint.
 
-    A path, fraction or seed given without test_path splits the file of `path` anew.
+    A path, fraction or seed other than the run's, without test_path, splits `path` anew.
     """
 
     path: str | None = None  # .jsonl or .parquet; the training rows and, without test_path, these
@@ -52,7 +53,8 @@ def held_out(model: str, given: EvalData) -> HeldOut:
         FileNotFoundError: no such file.
         ValueError: as `load_dataset`; no rows are known; a tercet.json that cannot be used.
     """
-    run, notes = _data_of_run(Path(model).expanduser())
+    run, digests, notes = _data_of_run(Path(model).expanduser())
+    run = None if run is None else _where_it_is(run, digests, given)
     data = _merged(run, given)
     dataset = load_dataset(data)
     pairs = [e for e in dataset.test if e.query is not None]
@@ -65,7 +67,7 @@ def held_out(model: str, given: EvalData) -> HeldOut:
         ]
         if changed:
             notes.append(f"not the held-out rows of the run ({', '.join(changed)})")
-        trained = dataset.train if not changed else _rows_of_run(run, notes)
+        trained = _rows_of_run(run, digests, notes)
     num_trained_on = None if trained is None else num_shared(pairs, trained)
     if num_trained_on:
         notes.append(
@@ -78,18 +80,33 @@ def held_out(model: str, given: EvalData) -> HeldOut:
     )
 
 
-def _data_of_run(checkpoint: Path) -> tuple[GraceData | None, list[str]]:
-    """Data settings of the run that wrote a checkpoint, where it says so, and what to know then."""
+def _data_of_run(
+    checkpoint: Path,
+) -> tuple[GraceData | None, dict[str, str], list[str]]:
+    """Data settings and digests of the run that wrote a checkpoint, and what to know without."""
     from tercet.engine.checkpoint import RUN, read_run  # loads torch
 
     about = read_run(checkpoint)
-    settings = about.get("settings")
+    settings, digests = about.get("settings"), about.get("data_sha256", {})
     data = settings.get("data") if isinstance(settings, dict) else None
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not isinstance(digests, dict):
         unknown = f"{checkpoint / RUN} does not say which rows the model was trained on"
-        return None, [unknown] if about else []
+        return None, {}, [unknown] if about else []
     found = read_record(GraceData, data, f"eval: {checkpoint / RUN}")
-    return replace(found, num_negatives=None), []  # negatives are not measured
+    return replace(found, num_negatives=None), digests, []  # negatives are not measured
+
+
+def _where_it_is(run: GraceData, digests: dict[str, str], given: EvalData) -> GraceData:
+    """The run's settings, with its files where they are given under another name."""
+    moved = {"path": given.path, "test_path": given.test_path}
+    return replace(
+        run,
+        **{
+            name: file
+            for name, file in moved.items()
+            if file is not None and Path(file).is_file() and sha256(file) == digests.get(name)
+        },
+    )
 
 
 def _merged(run: GraceData | None, given: EvalData) -> GraceData:
@@ -102,7 +119,10 @@ def _merged(run: GraceData | None, given: EvalData) -> GraceData:
                 "set --data.path or --data.test-path"
             )
         return GraceData(**{**chosen, "path": path})
-    if chosen.keys() & {"path", "test_fraction", "split_seed"}:
+    if any(
+        name in chosen and chosen[name] != getattr(run, name)
+        for name in ("path", "test_fraction", "split_seed")
+    ):
         chosen.setdefault("test_path", None)
     data = replace(run, **chosen)
     for name in ("path", "test_path"):
@@ -115,9 +135,13 @@ def _merged(run: GraceData | None, given: EvalData) -> GraceData:
     return data
 
 
-def _rows_of_run(run: GraceData, notes: list[str]) -> list[Example] | None:
-    """The rows that a run trained on; None, with a note, where its file is gone."""
-    if all(Path(file).exists() for file in (run.path, run.test_path) if file is not None):
-        return load_dataset(run).train
-    notes.append(f"whether the run trained on these rows is not known: its {run.path} is not here")
-    return None
+def _rows_of_run(run: GraceData, digests: dict[str, str], notes: list[str]) -> list[Example] | None:
+    """The rows that a run trained on; None, with a note, where its file is gone or another one."""
+    files = {"path": run.path, "test_path": run.test_path}
+    for name, file in files.items():
+        if file is None or (Path(file).is_file() and sha256(file) == digests.get(name)):
+            continue
+        why = "has changed since" if Path(file).exists() else "is not here"
+        notes.append(f"whether the run trained on these rows is not known: its {file} {why}")
+        return None
+    return load_dataset(run).train

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from tercet.engine.checkpoint import read_run
 from tercet.engine.command_line import load_config
 from tercet.engine.config import to_yaml
+from tercet.engine.files import checkpoints
 from tercet.engine.grace.config import GraceConfig
-from tercet.engine.grace.data import Dataset, drop_overlong, load_dataset
+from tercet.engine.grace.data import Dataset, data_digests, drop_overlong, load_dataset
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.grace.system import GraceSystem
 from tercet.engine.metrics import RunLog, check_run_folder
@@ -38,13 +39,13 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
     Args:
         config: see `GraceConfig`.
         resume: go on with the run in output_dir.  None: do so when it is unfinished and has these
-            very settings, as after a kill; True: whatever its settings; False: never.
+            very settings and data, as after a kill; True: whatever they are; False: never.
 
     Raises:
         FileExistsError: output_dir holds a run that is not to be resumed, or files of others.
         FileNotFoundError: no such data file or model folder.
         ValueError: the data, the model or a setting cannot be used, or the run in output_dir is
-            already past train.max_steps; nothing was written.
+            already past train.max_steps or was trained on other data; nothing was written.
         RuntimeError: another process writes to output_dir, or the model fails
             `Policy.prove_isolation` (nothing was written); NaN or infinity during training; see
             `Trainer.train`.
@@ -52,15 +53,31 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
     folder = Path(config.output_dir)
     resumes = _resumes(folder, config, resume)
     dataset = load_dataset(config.data)
+    digests = data_digests(config.data)
+    changed = _changed_data(folder, config, digests) if resumes else []
+    if changed and not resume:
+        raise ValueError(
+            f"train: the data must be what the run in {folder} was trained on so far, got another "
+            f"{' and '.join(changed)}; restore it, choose another output_dir, or go on with the "
+            "new data (--resume, train(config, resume=True))"
+        )
     torch.manual_seed(config.train.seed)  # dropout, if the model has any; sampling has own seeds
     policy = load_policy(config)
     sampler = TransformersSampler(policy, max_batch_size=config.max_batch_size)
     dataset = _fitting(dataset, policy, config)
     system = GraceSystem(policy, sampler, dataset, config)
     _prove_isolation(policy, config)
-    with RunLog.create(folder, config, total_steps=config.train.max_steps, resume=resumes) as log:
+    with RunLog.create(
+        folder,
+        config,
+        total_steps=config.train.max_steps,
+        resume=resumes,
+        about={"data_sha256": digests},
+    ) as log:
         if not resumes:
             _tell(log, dataset, config)
+        for path in changed:
+            log.warn(f"{path} is not the data that this run has had until now")
         metrics = Trainer(policy, sampler, system, config.train, log).train()
         checkpoint = folder / f"checkpoint-{config.train.max_steps}"
         log.info(f"wrote {checkpoint} (a Hugging Face folder) and the run's records in {folder}")
@@ -109,13 +126,22 @@ def _resumes(folder: Path, config: GraceConfig, resume: bool | None) -> bool:
 
 
 def _check_not_past(folder: Path, max_steps: int) -> None:
-    numbered = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.iterdir()]
-    last = max((int(match[1]) for match in numbered if match), default=0)
+    found = checkpoints(folder)
+    last = int(found[0].name.partition("-")[2]) if found else 0
     if last > max_steps:
         raise ValueError(
             f"train: train.max_steps must be at least {last} to resume the run in {folder}, which "
             f"has checkpoint-{last}, got {max_steps}; raise it, or use that checkpoint"
         )
+
+
+def _changed_data(folder: Path, config: GraceConfig, digests: Mapping[str, str]) -> list[str]:
+    """The data files whose content is not what the newest checkpoint was trained on."""
+    found = checkpoints(folder)
+    before = read_run(found[0]).get("data_sha256") if found else None
+    if not isinstance(before, dict):
+        return []
+    return [getattr(config.data, name) for name in digests if before.get(name) != digests[name]]
 
 
 def _prove_isolation(policy: Policy, config: GraceConfig) -> None:

@@ -6,23 +6,28 @@ import pytest
 from safetensors.torch import load_file
 
 from tercet.engine.cli import main
+from tercet.engine.files import sha256
 from tercet.engine.grace import GraceEncoder
+
+PAIRS = [{"query": f"cat {i}", "positive": f"dog {i}"} for i in range(6)]
 
 
 @pytest.fixture
 def checkpoint(tiny_policy, tmp_path):
     run = tmp_path / "run"
     tiny_policy.save(run / "checkpoint-1")
+    data = write_rows(tmp_path / "d.jsonl", PAIRS)
     settings = {
         "data": {
-            "path": str(tmp_path / "d.jsonl"),
+            "path": data,
             "test_fraction": 0.1,
             "system_prompt": "think about it",
             "max_prompt_length": 48,
         },
         "max_completion_length": 5,
     }
-    (run / "checkpoint-1" / "tercet.json").write_text(json.dumps({"settings": settings}))
+    about = {"settings": settings, "data_sha256": {"path": sha256(data)}}
+    (run / "checkpoint-1" / "tercet.json").write_text(json.dumps(about))
     return str(run / "checkpoint-1")
 
 
@@ -64,10 +69,8 @@ def test_encode_writes_vectors_and_rationales(checkpoint, tmp_path, capsys):
 
 
 def test_eval_measures_both_modes(checkpoint, tmp_path, capsys):
-    rows = [{"query": f"cat {i}", "positive": f"dog {i}"} for i in range(6)]
     pairs = [{"sentence1": "the cat", "sentence2": "a dog", "score": i / 2} for i in range(3)]
     pairs[1]["sentence2"] = "the cat"
-    write_rows(tmp_path / "d.jsonl", rows)
     argv = ["grace", "eval", "--model", checkpoint, "--max-completion-length", "3"]
     argv += ["--data.test-fraction", "0.5", "--data.columns", "query", "query"]
     assert main([*argv, "--sts", write_rows(tmp_path / "s.jsonl", pairs)]) == 0
@@ -86,7 +89,7 @@ def test_eval_measures_both_modes(checkpoint, tmp_path, capsys):
 
 
 def test_eval_needs_held_out_pairs(checkpoint, tmp_path, capsys):
-    data = write_rows(tmp_path / "d.jsonl", [{"query": "a", "positive": "b"}] * 4)
+    data = write_rows(tmp_path / "e.jsonl", [{"query": "a", "positive": "b"}] * 4)
     argv = ["grace", "eval", "--model", checkpoint, "--data.path", data]
     assert main([*argv, "--data.test-fraction", "0"]) == 1
     assert "at least two held-out rows with a query, got 0" in capsys.readouterr().err

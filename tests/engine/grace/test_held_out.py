@@ -6,7 +6,7 @@ import pytest
 
 from tercet.engine.config import to_plain
 from tercet.engine.grace.config import GraceConfig, GraceData
-from tercet.engine.grace.data import Example, load_dataset, num_shared
+from tercet.engine.grace.data import Example, data_digests, load_dataset, num_shared
 from tercet.engine.grace.held_out import EvalData, held_out
 
 ROWS = [{"question": f"cat {i}?", "positive": f"dog {i}"} for i in range(10)]
@@ -23,7 +23,10 @@ def make_run(tmp_path):
         data = GraceData(path=str(path), **{**RUN, **settings})
         folder = tmp_path / "checkpoint-1"
         folder.mkdir(exist_ok=True)
-        saved = {"settings": to_plain(GraceConfig(model="m", data=data))}
+        saved = {
+            "settings": to_plain(GraceConfig(model="m", data=data)),
+            "data_sha256": data_digests(data),
+        }
         (folder / "tercet.json").write_text(json.dumps(saved))
         return str(folder), data
 
@@ -56,12 +59,13 @@ def test_another_split_is_said_and_what_it_shares_with_training_is_counted(make_
     ]
 
 
-def test_a_file_given_alone_is_split_and_not_the_runs_test_file(make_run, tmp_path):
+def test_another_fraction_splits_the_training_file_and_not_the_runs_test_file(make_run, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "a", "positive": "b"}) + "\n")
     model, data = make_run(test_path=str(tmp_path / "test.jsonl"))
     assert held_out(model, EvalData()).pairs == [("a", "b")]
-    found = held_out(model, EvalData(path=data.path))
-    assert (len(found.pairs), found.num_trained_on) == (4, 4)
+    assert held_out(model, EvalData(path=data.path)).pairs == [("a", "b")]
+    found = held_out(model, EvalData(test_fraction=0.3))
+    assert (len(found.pairs), found.num_trained_on) == (3, 3)
 
 
 def test_equal_rows_on_both_sides_of_the_split_are_counted(make_run):
@@ -89,9 +93,19 @@ def test_what_cannot_be_known_is_said(make_run, tmp_path):
         FileNotFoundError, match=r"got no .*pairs\.jsonl; set --data\.path to where"
     ):
         held_out(model, EvalData())
-    found = held_out(model, EvalData(path=moved))
+    before = held_out(model, EvalData(path=moved))
+    assert (len(before.pairs), before.num_trained_on, before.notes) == (4, 0, [])  # the same file
+    (tmp_path / "other.jsonl").write_text((tmp_path / "moved.jsonl").read_text() + "\n")
+    found = held_out(model, EvalData(path=str(tmp_path / "other.jsonl")))
     assert found.num_trained_on is None
-    assert "not known: its " in found.notes[1]
+    assert "not the held-out rows of the run (path " in found.notes[0]
+    assert found.notes[1].endswith(
+        "not known: its " + moved.replace("moved", "pairs") + " is not here"
+    )
+    (tmp_path / "other.jsonl").rename(tmp_path / "pairs.jsonl")
+    found = held_out(model, EvalData())
+    assert found.num_trained_on is None
+    assert found.notes[0].endswith("pairs.jsonl has changed since")
     (tmp_path / "checkpoint-1" / "tercet.json").write_text('{"settings": {"method": "info_nce"}}')
     found = held_out(model, EvalData(path=moved, columns=RUN["columns"], test_fraction=0.5))
     assert (len(found.pairs), found.num_trained_on) == (5, None)

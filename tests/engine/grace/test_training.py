@@ -103,6 +103,7 @@ def test_a_checkpoint_embeds_as_its_run_did_wherever_it_is_copied(make_config, t
     assert (encoder.max_completion_length, encoder.pooling) == (8, "penultimate_mean")
 
 
+@pytest.mark.wrong_types
 def test_no_such_pooling(make_config):
     with pytest.raises(ValueError, match=r"GraceConfig: pooling must be one of \('mean', .*'cls'"):
         make_config(pooling="cls")
@@ -124,6 +125,29 @@ def test_a_killed_run_goes_on_exactly(make_config, tmp_path):
         for folder in (again.folder, tmp_path / "whole")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["path", "test_path"])
+def test_a_run_goes_on_with_other_data_only_when_told_to(make_config, tmp_path, name):
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, ROWS[:3])))
+    config = make_config(
+        data={"test_path": str(tmp_path / "test.jsonl")}, train={"max_steps": 2, "save_steps": 1}
+    )
+    run = train(config)
+    shutil.rmtree(run.folder / "checkpoint-2")
+    changed = Path(getattr(config.data, name))
+    changed.write_text("\n".join(map(json.dumps, ROWS[3:])))
+    before = {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    message = rf"^train: the data must .* so far, got another {changed}; .*\(--resume, "
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert {path: path.read_bytes() for path in before} == before
+    assert train(config, resume=True).checkpoint.name == "checkpoint-2"
+    assert f"{changed} is not the data that this run has had until now" in events(run)
+    shutil.rmtree(run.folder / "checkpoint-2")
+    (run.folder / "latest").write_text("checkpoint-1\n")
+    with pytest.raises(ValueError, match=message):
+        train(config)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(make_config):
