@@ -22,6 +22,7 @@ from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.records import Pooling, split_by_tokens
+from tercet.kernels import info_nce
 from tercet.kernels._typing import Float, Int
 
 Method = Literal["info_nce", "simcse"]
@@ -71,56 +72,6 @@ class ContrastiveConfig:
                 f"ContrastiveConfig: max_tokens_per_batch must be >= 1, "
                 f"got {self.max_tokens_per_batch}"
             )
-
-
-def info_nce_loss(
-    queries: Float[Tensor, "batch hidden"],
-    documents: Float[Tensor, "batch hidden"],
-    negatives: Float[Tensor, "m hidden"] | None = None,
-    *,
-    temperature: float = 0.05,
-    symmetric: bool = False,
-    group_ids: Int[Tensor, " batch"] | None = None,
-) -> Float[Tensor, ""]:
-    """Mean over rows of -log softmax over candidates of cosine / temperature, nats.
-
-        loss_i = -log [ e^(s(q_i, d_i)/t) / sum over c in {d_1..d_B, n_1..n_M} of e^(s(q_i, c)/t) ]
-
-    Source: arXiv:1807.03748, eq. 4; arXiv:2104.08821, eq. 5 for hard negatives.
-
-    Args:
-        queries: of any length; gradient flows through all three.
-        documents: row i is the positive of query i, the others are its in-batch negatives.
-        negatives: hard negatives of all rows, candidates of every query.
-        temperature: > 0.
-        symmetric: mean of this and the same from documents to queries (without hard negatives).
-        group_ids: rows with equal ids are the same text, and not each other's negatives.
-
-    Raises:
-        ValueError: shapes that do not fit, or fewer candidates than two.
-    """
-    wide = negatives is None or negatives.shape[1:] == queries.shape[1:]
-    if queries.shape != documents.shape or queries.ndim != 2 or not wide:
-        raise ValueError(
-            "info_nce_loss: queries and documents must be [batch, hidden], and negatives [m, "
-            f"hidden], got {tuple(queries.shape)}, {tuple(documents.shape)} and "
-            f"{None if negatives is None else tuple(negatives.shape)}"
-        )
-    if len(queries) + (0 if negatives is None else len(negatives)) < 2:
-        raise ValueError("info_nce_loss: there must be at least two candidates, got 1")
-    q, d = (F.normalize(x.float(), dim=-1) for x in (queries, documents))
-    logits = q @ d.T / temperature
-    if group_ids is not None:
-        same = group_ids[:, None] == group_ids[None, :]
-        same.fill_diagonal_(False)
-        logits = logits.masked_fill(same, -torch.inf)
-    target = torch.arange(len(q), device=q.device)
-    backward = F.cross_entropy(logits.T, target) if symmetric else None
-    if negatives is not None:
-        n = F.normalize(negatives.float(), dim=-1)
-        logits = torch.cat([logits, q @ n.T / temperature], dim=1)
-    forward = F.cross_entropy(logits, target)
-    return forward if backward is None else (forward + backward) / 2
 
 
 class Contrastive:
@@ -177,7 +128,7 @@ class Contrastive:
         else:
             queries = [self.prompt(str(example.query)) for example in rows]
             negatives = [self.prompt(text) for example in rows for text in example.negatives]
-        group_ids = _shared_texts(rows)
+        ids = _shared_texts(rows)
 
         def loss_of(vectors: Float[Tensor, "n hidden"]) -> Float[Tensor, ""]:
             q, d, n = vectors.split([len(rows), len(rows), len(negatives)])
@@ -186,13 +137,13 @@ class Contrastive:
                     "Contrastive: SimCSE needs two different views of a text, got equal ones; "
                     "this model ignores its dropout: take another, or method='info_nce'"
                 )
-            return info_nce_loss(
+            return info_nce(
                 q,
                 d,
                 n if negatives else None,
                 temperature=self.config.temperature,
                 symmetric=self.config.symmetric,
-                group_ids=group_ids.to(q.device),
+                ids=ids.to(q.device),
             )
 
         prompts = [*queries, *documents, *negatives]
