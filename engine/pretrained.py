@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -15,6 +17,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from tercet.engine.files import checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +46,15 @@ def load_pretrained(
     """The model and, where there is one, the tokenizer of a folder or a hub id.
 
     Raises:
-        FileNotFoundError: `path` looks like a folder and is none.
+        FileNotFoundError: `path` is a folder without config.json, or looks like a folder and is
+            none; names the checkpoints that are near.
         OSError: a file is not there or cannot be read.
         ValueError: no such device here, damaged or contradictory files, or weights that are missing
             from them.
     """
     if device is not None:
         _check_device(device)
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (isinstance(path, Path) or path.startswith(("/", ".", "~"))):
-        raise FileNotFoundError(
-            f"Policy.from_pretrained: path must be a folder or a hub id, got no folder {folder}; "
-            "check the path"
-        )
-    source = str(folder) if folder.is_dir() else str(path)
+    source = _find(path)
     with _Loading(source, "model", "config.json and *.safetensors"):
         loaded = AutoModelForCausalLM.from_pretrained(
             source,
@@ -78,6 +77,33 @@ def load_pretrained(
     if device is not None:
         nn.Module.to(model, device)
     return model, _load_tokenizer(source)
+
+
+def _find(path: str | Path) -> str:
+    """A folder with a model in it, or a hub id; what is neither fails before the hub is asked."""
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if not folder.is_dir() and isinstance(path, str) and _may_be_hub_id(path):
+        return path
+    newest = next(iter(checkpoints(folder) or checkpoints(folder.parent)), None)
+    what = "no config.json in" if folder.is_dir() else "no folder"
+    raise FileNotFoundError(
+        f"Policy.from_pretrained: path must be a folder with a model or a hub id, got {what} "
+        f"{folder}; {f'did you mean {newest}?' if newest else 'check the path'}"
+    )
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """Whether to look for a name on the hub: not if it begins with a folder that is here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    if name.startswith((".", "~")) or Path(name).exists():
+        return False
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return cached or "/" not in name or not Path(name).parent.is_dir()
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

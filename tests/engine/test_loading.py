@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tercet.engine.model import Policy
 
@@ -91,3 +93,54 @@ def test_weights_that_are_not_finite_are_named_first(whole):
     message = r"weights of Qwen3ForCausalLM must be finite, got .* first model\.embed_tokens\.weig"
     with pytest.raises(RuntimeError, match=message):
         policy.prove_isolation()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fails the test when the hub is asked."""
+
+    def ask(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", ask)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_what_is_no_model_fails_before_the_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (9, 60):
+        (tmp_path / "runs" / "first" / f"checkpoint-{step}").mkdir(parents=True)
+    (tmp_path / "runs" / "notes.txt").write_text("")
+    newest = r"; did you mean runs/first/checkpoint-60\?"
+    for path, got in {
+        "runs/nothing": "no folder runs/nothing; check the path",
+        "runs/notes.txt": r"no folder runs/notes\.txt; check the path",
+        "runs/first": "no config.json in runs/first" + newest,
+        Path("runs/first"): "no config.json in runs/first" + newest,
+        "runs/first/checkpoint-61": "no folder runs/first/checkpoint-61" + newest,
+        "some/where/else": "no folder some/where/else; check the path",
+        "../other": r"no folder \.\./other; check the path",
+        "~/no such": "no folder .*/no such; check the path",
+        "": "no config.json in",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=rf"^Policy\.from_pretrained: .* got {got}"):
+            Policy.from_pretrained(path)
+    for name in ("Qwen/Qwen3-0.6B", "gpt2"):
+        with pytest.raises(AssertionError, match="the hub was asked"):
+            Policy.from_pretrained(name)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_hub_id_in_the_cache_is_one_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some").mkdir()
+    cache = tmp_path / "hub" / "models--some--model"
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "snapshots" / "abc" / "config.json").write_text("{}")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    with pytest.raises(FileNotFoundError, match="got no folder some/model"):
+        Policy.from_pretrained("some/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        Policy.from_pretrained("some/model")
