@@ -87,9 +87,15 @@ def check_query(op: str, targets: Tensor, temperature: float | Tensor, rows: Ten
 
 
 def flatten_query(
-    op: str, shape: torch.Size, targets: Tensor, temperature: Tensor, like: Tensor
+    op: str,
+    shape: torch.Size,
+    targets: Tensor,
+    temperature: Tensor,
+    like: Tensor,
+    *,
+    sharded: bool = False,
 ) -> Query:
-    """Query of the flattened rows of a tensor of `shape`.
+    """Query of the flattened rows of a tensor of `shape`; sharded: of a part of the vocabulary.
 
     On a CPU the values are checked; on CUDA that would wait for the device, and a target outside
     the vocabulary gives NaN instead.
@@ -99,7 +105,7 @@ def flatten_query(
     flat = targets.reshape(count, num_targets).to(torch.int64).contiguous()
     if flat.numel() and flat.device.type == "cpu":
         low, high = (int(v) for v in flat.aminmax())
-        if low < 0 or high >= vocab:
+        if not sharded and (low < 0 or high >= vocab):
             raise IndexError(
                 f"{op}: targets must be in [0, {vocab}), got {low if low < 0 else high}; "
                 "give ignored rows any valid target and mask their result"
@@ -171,7 +177,8 @@ def add_tile(
 def close(state: RowState, query: Query) -> None:
     """Adds the targets that `add_tile` left out, each distinct one once."""
     (m, rest, spread), picked = state.stats, state.picked
-    d = (picked - m[:, None]) * query.scale[:, None]
+    base = m.masked_fill(m == -torch.inf, 0.0)
+    d = (picked - base[:, None]) * query.scale[:, None]
     e = d.exp()
     for k in range(1, d.shape[1]):
         repeated = (query.targets[:, :k] == query.targets[:, k : k + 1]).any(-1)

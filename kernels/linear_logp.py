@@ -11,7 +11,7 @@ gradient leave before the backward's.
 Related: arXiv:2411.09009 (recompute from saved sums), arXiv:2410.10989 (chunks of rows).
 """
 
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,12 @@ from tercet.kernels import _row_softmax as rs
 from tercet.kernels._checks import Impl, RowImpl, check_float, check_same_device, choose_rows
 from tercet.kernels._memory import empty_huge
 from tercet.kernels._typing import Float, Int
+from tercet.kernels._vocab_shards import Shards, check_group
 from tercet.kernels.reference import TokenLogp, accumulator_dtype
 from tercet.kernels.token_logp import flat_grads
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CPU_BUDGET_MB = 168
 CUDA_BUDGET_MB = 2048
@@ -37,6 +41,12 @@ class _Options(NamedTuple):
     impl: RowImpl
     logit_scale: float
     softcap: float | None
+    group_name: str
+    vocab_start: int
+
+    @property
+    def shards(self) -> Shards:
+        return Shards(self.group_name, self.vocab_start)
 
     @property
     def cap(self) -> lt.Cap:
@@ -61,8 +71,19 @@ def _linear_logp(
     impl: str,
     logit_scale: float,
     softcap: float | None,
+    group_name: str,
+    vocab_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = _Options(entropy, save, memory_budget_mb, cast(RowImpl, impl), logit_scale, softcap)
+    options = _Options(
+        entropy,
+        save,
+        memory_budget_mb,
+        cast(RowImpl, impl),
+        logit_scale,
+        softcap,
+        group_name,
+        vocab_start,
+    )
     query = _query(hidden, weight, targets, temperature, options)
     head = lt.Head.of(hidden, weight, bias)
     plan = _plan(hidden, weight, options)
@@ -97,7 +118,11 @@ def _query(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, options: _Options
 ) -> rs.Query:
     shape = torch.Size((*hidden.shape[:-1], len(weight)))
-    query = rs.flatten_query("linear_logp", shape, targets, temperature, hidden)
+    query = rs.flatten_query(
+        "linear_logp", shape, targets, temperature, hidden, sharded=bool(options.shards)
+    )
+    if options.shards:
+        query = query._replace(targets=query.targets - options.vocab_start)
     return options.cap.query(query)
 
 
@@ -118,6 +143,9 @@ def _plan(hidden: Tensor, weight: Tensor, options: _Options) -> lt.Plan:
 
 def _forward(head: lt.Head, query: rs.Query, tiles: lt.Tiles, options: _Options) -> rs.RowState:
     whole = rs.empty_state(query)
+    if options.shards:  # other ranks' targets have no share in this rank's sums
+        elsewhere = (query.targets < 0) | (query.targets >= len(head.weight))
+        whole.picked.masked_fill_(elsewhere, -torch.inf)
     blocks = tiles.blocks(len(head.hidden))
     parts = [
         (rows, query.rows(rows), rs.RowState(whole.stats[:, rows], whole.picked[rows]))
@@ -138,6 +166,8 @@ def _forward(head: lt.Head, query: rs.Query, tiles: lt.Tiles, options: _Options)
             )  # fmt: skip
     if options.impl == "torch":
         rs.close(whole, query)
+    if options.shards:
+        return options.shards.merge("linear_logp", whole, query, len(head.weight))
     return whole
 
 
@@ -161,8 +191,19 @@ def _linear_logp_backward(
     impl: str,
     logit_scale: float,
     softcap: float | None,
+    group_name: str,
+    vocab_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = _Options(entropy, save, memory_budget_mb, cast(RowImpl, impl), logit_scale, softcap)
+    options = _Options(
+        entropy,
+        save,
+        memory_budget_mb,
+        cast(RowImpl, impl),
+        logit_scale,
+        softcap,
+        group_name,
+        vocab_start,
+    )
     query = _query(hidden, weight, targets, temperature, options)
     grads = flat_grads(g, g_entropy, logp, entropies, stats, query)
     head = lt.Head.of(hidden, weight, bias)
@@ -175,6 +216,8 @@ def _linear_logp_backward(
         head = head._replace(hidden=head.hidden.masked_fill(~grads.live[:, None], 0.0))
     todo = _Backward(head, query, grads, tiles, g_entropy is not None, options)
     d_live, d_weight, d_bias = todo.run(blocks, *needs)
+    if options.shards and blocks and needs[0]:  # the same rows live on every rank
+        d_live = options.shards.all_reduce(d_live, "sum")
     return _scatter(d_live, index, hidden) if needs[0] else d_live, d_weight, d_bias
 
 
@@ -335,6 +378,8 @@ def linear_logp(
     logit_scale: float = 1.0,
     return_entropy: bool = False,
     memory_budget_mb: int | None = None,
+    group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
     impl: Impl = "auto",
 ) -> TokenLogp:
     """Log-softmax of (hidden weight^T + bias) / temperature at the targets, in nats, and entropy.
@@ -353,13 +398,20 @@ def linear_logp(
             parts of a weight in half precision that are cast, and the logits of as many rows as
             fit: with all of them a step costs three products, with none four.  None means 168 on
             a CPU and 2048 on CUDA.
+        group: process group over whose ranks the vocabulary is cut; weight and bias are then this
+            rank's rows [vocab_start, vocab_start + len(weight)).  Every rank gives the same
+            hidden, targets, options and upstream gradients, and asks for the gradient of hidden
+            or does not, as the others; it gets the same results and gradient of hidden, and the
+            gradient of its own rows.  The forward all-reduces N + (3 + 2 K) N numbers, the
+            backward N x hidden.
+        vocab_start: first token of this rank's rows; given with group.
 
     Raises:
         TypeError: type or dtype of an argument, or a DTensor.
-        IndexError: a target outside the vocabulary on a CPU; on CUDA, which is not waited for, it
-            gives NaN.
+        IndexError: a target outside the vocabulary, or in no or several ranks' shards, on a CPU;
+            on CUDA, which is not waited for, it gives NaN.
         ValueError: shape, device, memory_budget_mb < 1, or temperature, softcap or logit_scale
-            <= 0.
+            <= 0; group without vocab_start.
         RuntimeError: impl="triton" where Triton cannot run.
     """
     check_head("linear_logp", hidden, weight, bias)
@@ -368,6 +420,7 @@ def linear_logp(
         memory_budget_mb = CUDA_BUDGET_MB if hidden.is_cuda else CPU_BUDGET_MB
     check_budget("linear_logp", memory_budget_mb)
     lt.Cap(logit_scale, softcap).check("linear_logp")
+    shards = check_group("linear_logp", group, vocab_start)
     tensors = [x for x in (hidden, weight, bias) if x is not None]
     options = _Options(
         entropy=return_entropy,
@@ -376,6 +429,8 @@ def linear_logp(
         impl=choose_rows("linear_logp", impl, hidden),
         logit_scale=float(logit_scale),
         softcap=None if softcap is None else float(softcap),
+        group_name=shards.group_name,
+        vocab_start=shards.start,
     )
     logp, entropy, _, _ = _linear_logp(hidden, weight, bias, targets, temperatures, *options)
     return TokenLogp(logp, entropy if return_entropy else None)

@@ -309,7 +309,7 @@ def test_forward_alone_keeps_nothing(impl, device):
     op = torch.ops.tercet.linear_logp
     temperature = torch.ones((), device=device)
     for save, rows in ((True, 20), (False, 0)):
-        options = [False, save, 8, choose_rows("test", impl, inputs[0]), 1.0, None]
+        options = [False, save, 8, choose_rows("test", impl, inputs[0]), 1.0, None, "", 0]
         kept = op(*inputs, targets, temperature, *options)[3]
         assert kept.shape == (rows, 300)
     leaf = inputs[0].requires_grad_()
@@ -423,7 +423,7 @@ def test_registration(impl, entropy, device):
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     temperature = torch.rand(2, 3, device=device) + 0.5
     softcap = 5.0 if entropy else None
-    options = [entropy, True, 8, choose_rows("test", impl, hidden), 0.5, softcap]
+    options = [entropy, True, 8, choose_rows("test", impl, hidden), 0.5, softcap, "", 0]
     inputs = (*leaves, targets, temperature, *options)
     torch.library.opcheck(torch.ops.tercet.linear_logp.default, inputs)
     saved = [x.detach() for x in torch.ops.tercet.linear_logp(*inputs)]
