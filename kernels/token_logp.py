@@ -4,7 +4,7 @@ r"""Log-probability of chosen tokens and entropy of each row, from logits that a
     dx_j = (g (1[j = t] - p_j) - g_H p_j (log p_j + H)) / temperature
 
 The row arithmetic is in `_row_softmax.py`.  Bytes moved, for N rows of V logits of b bytes: the
-forward reads N V b once, the backward reads N V b and writes N V b.
+forward reads N V b once, the backward reads N V b and writes N V b, in place if asked to.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,12 @@ CPU_TILE_BYTES = 2**21  # of a chunk of rows: stays in the cores' own caches
 
 @torch.library.custom_op("tercet::token_logp", mutates_args=())
 def _token_logp(
-    logits: Tensor, targets: Tensor, temperature: Tensor, return_entropy: bool, impl: str
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    return_entropy: bool,
+    impl: str,
+    inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = fused.rows_of("token_logp", "logits", logits)
     query = rs.flatten_query("token_logp", logits.shape, targets, temperature, logits)
@@ -41,7 +46,7 @@ def _token_logp(
 
 
 @_token_logp.register_fake
-def _(logits, targets, temperature, return_entropy, impl):
+def _(logits, targets, temperature, return_entropy, impl, inplace_backward):
     dtype = accumulator_dtype(logits)
     rows = logits.shape[:-1]
     return (
@@ -63,18 +68,8 @@ def _token_logp_backward(
     stats: Tensor,
     impl: str,
 ) -> Tensor:
-    rows = fused.rows_of("token_logp", "logits", logits)
-    query = rs.flatten_query("token_logp", logits.shape, targets, temperature, logits)
-    grads = flat_grads(g, g_entropy, logp, entropy, stats, query)
     dlogits = empty_huge(logits.shape, dtype=logits.dtype, device=logits.device)
-    if impl == "torch":
-        _backward_torch(dlogits, logits, rows, query, grads, g_entropy is not None)
-    else:
-        kernels = fused if impl == "triton" else compiled
-        kernels.backward(
-            dlogits, logits, rows, query.targets, (grads.coef, grads.target),
-            first_column=0, entropy=g_entropy is not None,
-        )  # fmt: skip
+    _write_gradient(dlogits, g, g_entropy, logits, targets, temperature, logp, entropy, stats, impl)
     return dlogits
 
 
@@ -83,8 +78,48 @@ def _(g, g_entropy, logits, targets, temperature, logp, entropy, stats, impl):
     return logits.new_empty(logits.shape)
 
 
+@torch.library.custom_op("tercet::token_logp_backward_", mutates_args={"logits"})
+def _token_logp_backward_(
+    g: Tensor | None,
+    g_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    impl: str,
+) -> None:
+    _write_gradient(logits, g, g_entropy, logits, targets, temperature, logp, entropy, stats, impl)
+
+
+def _write_gradient(
+    dlogits: Tensor,
+    g: Tensor | None,
+    g_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    impl: str,
+) -> None:
+    rows = fused.rows_of("token_logp", "logits", logits)
+    query = rs.flatten_query("token_logp", logits.shape, targets, temperature, logits)
+    grads = flat_grads(g, g_entropy, logp, entropy, stats, query)
+    if impl == "torch":
+        _backward_torch(dlogits, logits, rows, query, grads, g_entropy is not None)
+        return
+    kernels = fused if impl == "triton" else compiled
+    kernels.backward(
+        dlogits, logits, rows, query.targets, (grads.coef, grads.target),
+        first_column=0, entropy=g_entropy is not None,
+    )  # fmt: skip
+
+
 def _setup_context(ctx, inputs, output):
-    logits, targets, temperature, ctx.return_entropy, ctx.impl = inputs
+    logits, targets, temperature, ctx.return_entropy, ctx.impl, ctx.inplace = inputs
     ctx.save_for_backward(logits, targets, temperature, *output)
     ctx.set_materialize_grads(False)
 
@@ -92,8 +127,18 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, g, g_entropy, _):
     g_entropy = g_entropy if ctx.return_entropy else None
     if g is None and g_entropy is None:
-        return (None,) * 5
-    return _token_logp_backward(g, g_entropy, *ctx.saved_tensors, ctx.impl), *(None,) * 4
+        return (None,) * 6
+    args = (g, g_entropy, *ctx.saved_tensors, ctx.impl)
+    if not ctx.inplace:
+        return _token_logp_backward(*args), *(None,) * 5
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "token_logp: inplace_backward=True must be False for a second derivative, got "
+            "create_graph=True"
+        )
+    logits = ctx.saved_tensors[0]
+    _token_logp_backward_(*args)  # marks logits as changed: whoever saved them is told
+    return logits.detach(), *(None,) * 5
 
 
 _token_logp.register_autograd(_backward, setup_context=_setup_context)
@@ -184,6 +229,7 @@ def token_logp(
     *,
     temperature: float | Float[Tensor, "*rows"] = 1.0,
     return_entropy: bool = False,
+    inplace_backward: bool = False,
     impl: Impl = "auto",
 ) -> TokenLogp:
     """Log-softmax of logits / temperature at the targets, in nats, and the entropy of the row.
@@ -196,13 +242,21 @@ def token_logp(
         logits: unit stride along vocab; leading axes that lie on at most two strides.
         targets: int32 or int64, [*rows] or [*rows, K].
         temperature: > 0, one number or one per row; gets no gradient.
+        inplace_backward: the backward writes the gradient over the logits, which saves a tensor of
+            their size.  They must be contiguous, the result of an operation that does not need
+            them in its own backward, and of no use to anyone afterwards.  Autograd notices a
+            second backward, and others that saved the logits; it cannot see readers outside of
+            it, such as a view by .data or a NumPy array.  Under torch.compile, which plans memory
+            itself, the option has no effect.
 
     Raises:
         TypeError: type or dtype of an argument.
         IndexError: a target outside the vocabulary on a CPU; on CUDA, which is not waited for, it
             gives NaN.
-        ValueError: shape, stride, device or temperature <= 0.
-        RuntimeError: impl="triton" where Triton cannot run.
+        ValueError: shape, stride, device or temperature <= 0; with inplace_backward: logits that
+            are a leaf or not contiguous.
+        RuntimeError: impl="triton" where Triton cannot run; with inplace_backward, from the
+            backward: create_graph=True, a second backward, or logits changed in between.
     """
     check_float("token_logp", logits=logits)
     rs.check_plain("token_logp", logits=logits)
@@ -210,5 +264,24 @@ def token_logp(
         raise ValueError(f"token_logp: logits must be [*, vocab >= 1], got {tuple(logits.shape)}")
     temperatures = rs.check_query("token_logp", targets, temperature, logits)
     rows_impl = choose_rows("token_logp", impl, logits)
-    logp, entropy, _ = _token_logp(logits, targets, temperatures, return_entropy, rows_impl)
+    inplace = inplace_backward and logits.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        _check_disposable(logits)
+    inplace = inplace and not torch.compiler.is_compiling()
+    options = (return_entropy, rows_impl, inplace)
+    logp, entropy, _ = _token_logp(logits, targets, temperatures, *options)
     return TokenLogp(logp, entropy if return_entropy else None)
+
+
+def _check_disposable(logits: Tensor) -> None:
+    remedy = "pass inplace_backward=False"
+    if logits.is_leaf:
+        raise ValueError(
+            "token_logp: inplace_backward=True needs logits that an operation made, got a leaf, "
+            f"whose values stay in use; {remedy}"
+        )
+    if not logits.is_contiguous():
+        raise ValueError(
+            "token_logp: inplace_backward=True needs contiguous logits, got strides "
+            f"{logits.stride()}; {remedy}"
+        )

@@ -5,6 +5,7 @@
 import threading
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
@@ -329,6 +330,115 @@ def test_two_backward_calls_and_untouched_inputs(impl, device):
         assert torch.equal(now, then)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inplace_backward_gives_the_same_bits_in_the_logits(impl, dtype, device):
+    x = torch.randn(3, 4, 301, device=device).to(dtype).requires_grad_()
+    targets = torch.randint(301, (3, 4, 2), device=device)
+    dy = torch.randn(36, device=device)
+    dy[:4] = dy[24:26] = 0.0
+    x.data[0, 0] = torch.nan
+    grads = []
+    for inplace in (False, True):
+        logits = x * 2
+        options = {"op": partial(token_logp, impl=impl), "inplace_backward": inplace}
+        y = both(logits, targets, temperature=0.7, **options)
+        before = logits.detach().clone()
+        seen = torch.autograd.grad(y, logits, dy)[0]
+        assert (seen.data_ptr() == logits.data_ptr()) == inplace
+        kept = torch.equal(logits.detach().nan_to_num(), before.nan_to_num())
+        assert kept != inplace
+        grads.append(seen)
+    assert (grads[0][0, 0] == 0).all()
+    assert torch.equal(*grads)
+
+
+def test_inplace_backward_reaches_the_leaf(impl, device, fwd_bwd):
+    x, weight = torch.randn(5, 8, device=device), torch.randn(90, 8, device=device)
+    targets = torch.randint(90, (5,), device=device)
+
+    def loss(x, weight, inplace):
+        logits = torch.nn.functional.linear(x, weight)
+        return token_logp(logits, targets, inplace_backward=inplace, impl=impl).logp
+
+    dy = torch.randn(5, device=device)
+    runs = [fwd_bwd(partial(loss, inplace=inplace), [x, weight], dy) for inplace in (False, True)]
+    for usual, inplace in zip(*runs, strict=True):
+        assert torch.equal(usual, inplace)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the bytes of CPU tensors")
+def test_inplace_backward_saves_a_tensor_of_the_logits(impl):
+    if impl == "triton":
+        pytest.skip("the interpreter copies tensors")
+    x = torch.randn(64, 4096, requires_grad=True)  # 1 MiB
+    targets = torch.randint(4096, (64,))
+    made = []
+    for inplace in (False, True):
+        logp = token_logp(x * 2, targets, inplace_backward=inplace, impl=impl).logp
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            grad = torch.autograd.grad(logp.sum(), x)
+        profiler: Any = profile.profiler
+        events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+        made.append(sum(e.nbytes() for e in events if e.nbytes() >= x.nbytes))
+        del grad
+    assert made[0] - made[1] == x.nbytes
+
+
+CHANGED = "modified by an inplace operation"
+
+
+def test_inplace_backward_runs_once(impl, device):
+    x = torch.randn(2, 30, device=device, requires_grad=True)
+    targets = torch.zeros(2, dtype=torch.long, device=device)
+    logp = token_logp(x * 2, targets, inplace_backward=True, impl=impl).logp
+    torch.autograd.grad(logp.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        torch.autograd.grad(logp.sum(), x)
+    logp = token_logp(x * 2, targets, inplace_backward=True, impl=impl).logp
+    with pytest.raises(RuntimeError, match="must be False for a second derivative"):
+        torch.autograd.grad(logp.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("user", ["before", "output", "base", "twice"])
+def test_inplace_backward_is_noticed_by_others_that_saved_the_logits(impl, user, device):
+    x = torch.randn(2, 30, device=device, requires_grad=True)
+    targets = torch.zeros(2, dtype=torch.long, device=device)
+    base = x.tanh() if user == "output" else x * 2
+    logits = base.view(2, 1, 30)[:, 0] if user == "base" else base
+    other = base.square().sum() if user in ("before", "base") else 0.0
+    op = partial(token_logp, logits, targets, inplace_backward=True, impl=impl)
+    other = op().logp.sum() if user == "twice" else other
+    with pytest.raises(RuntimeError, match=CHANGED):
+        torch.autograd.grad(op().logp.sum() + other, x)
+
+
+def test_inplace_backward_adds_to_what_came_before(impl, device):
+    x = torch.randn(2, 30, device=device, requires_grad=True)
+    targets = torch.zeros(2, dtype=torch.long, device=device)
+    found = []
+    for inplace in (False, True):
+        logits = x * 2
+        logp = token_logp(logits, targets, inplace_backward=inplace, impl=impl).logp
+        found.append(torch.autograd.grad(logp.sum() + logits.square().sum(), x)[0])
+    assert torch.equal(*found)
+
+
+def test_inplace_backward_refuses_leaves_and_strides(impl, device):
+    x = torch.randn(3, 30, device=device, requires_grad=True)
+    targets = torch.zeros(3, dtype=torch.long, device=device)
+    op = partial(token_logp, inplace_backward=True, impl=impl)
+    with pytest.raises(ValueError, match=r"an operation made, got a leaf.*inplace_backward=False"):
+        op(x, targets)
+    with pytest.raises(ValueError, match=r"contiguous logits, got strides \(60, 1\)"):
+        op((x * 2).repeat(1, 2)[:, :30], targets)
+    with pytest.raises(ValueError, match=r"contiguous logits, got strides \(0, 1\)"):
+        op((x[:1] * 2).expand(3, 30), targets)
+    with torch.no_grad():
+        assert not op(x, targets).logp.requires_grad
+    assert torch.equal(op(x.detach(), targets).logp, token_logp(x, targets, impl=impl).logp)
+
+
 def test_no_gradient_wanted(impl, device):
     logits = torch.randn(2, 9, device=device)
     targets = torch.zeros(2, dtype=torch.long, device=device)
@@ -356,19 +466,24 @@ def test_registration(impl, entropy, device):
     logits = torch.randn(2, 3, 11, device=device, requires_grad=True)
     targets = torch.randint(11, (2, 3), device=device)
     temperature = torch.rand(2, 3, device=device) + 0.5
-    inputs = (logits, targets, temperature, entropy, choose_rows("test", impl, logits))
+    inputs = (logits, targets, temperature, entropy, choose_rows("test", impl, logits), False)
     torch.library.opcheck(torch.ops.tercet.token_logp.default, inputs)
     saved = [x.detach() for x in torch.ops.tercet.token_logp(*inputs)]
     upstream = (torch.randn(2, 3, device=device), torch.randn(2, 3, device=device))
     backward = (*(upstream if entropy else (upstream[0], None)), logits.detach(), *inputs[1:3])
-    backward = (*backward, *saved, inputs[-1])
+    backward = (*backward, *saved, inputs[-2])
     torch.library.opcheck(torch.ops.tercet.token_logp_backward.default, backward)
+    torch.library.opcheck(torch.ops.tercet.token_logp_backward_.default, backward)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_break(impl, dynamic, device):
+def test_compiles_without_graph_break(impl, dynamic, inplace, device):
     def loss(logits, targets):
-        out = token_logp(logits * 2, targets, temperature=0.7, return_entropy=True, impl=impl)
+        out = token_logp(
+            logits * 2, targets, temperature=0.7, return_entropy=True, impl=impl,
+            inplace_backward=inplace,
+        )  # fmt: skip
         return (out.logp * out.entropy).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
