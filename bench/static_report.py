@@ -42,6 +42,7 @@ from tercet.kernels import _policy_terms as terms
 from tercet.kernels import _policy_triton as policy
 from tercet.kernels import _row_softmax as softmax
 from tercet.kernels import _row_softmax_triton as rows
+from tercet.kernels import _similarity_triton as similarity
 from tercet.kernels._policy_config import PolicyLossConfig
 
 ARCHS = (80, 90, 100)
@@ -337,6 +338,31 @@ def derived(
     return Launch(f"{name}{' entropy' if entropy else ''}", run, x.nbytes + dx.nbytes)
 
 
+def compared(
+    dtype: torch.dtype, height: int, columns: int, *, own: bool = False, everything: bool = True
+) -> Launch:
+    """Sums, gradients and statistics of a tile of info_nce, with ids and limits or without."""
+    stride = -(-columns // similarity.BLOCK_C) * similarity.BLOCK_C
+    s, out = _meta(height, stride)[:, :columns], _meta(height, stride, dtype=dtype)[:, :columns]
+    row, col, scale = _meta(height), _meta(columns), _meta()
+    sides = (height, columns) if own else (columns,)
+    marks: list[Any] = [None] * 4
+    if everything:
+        ids = [_meta(height, dtype=torch.int64), _meta(*sides, dtype=torch.int64)]
+        marks = [*ids, row, None if own else col]
+    frame = similarity.Frame._make([row, _meta(*sides), *marks, None if own else 0])
+
+    def run() -> None:
+        similarity.reduce(s, frame, scale, symmetric=not own)
+        d_col = None if own else col
+        similarity.weigh(s, frame, scale, (row, col), (row, row, d_col), out)
+        similarity.describe(s, frame, scale, row)
+
+    kind = f"{' own' if own else ''}{'' if everything else ' plain'}"
+    name = f"info_nce tile{kind} {height}x{columns} {str(dtype).removeprefix('torch.')}"
+    return Launch(name, run, 3 * s.nbytes + out.nbytes)
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAUNCHES = [
     pooled(BF16, 64, 2048, 4096, packed=False),
@@ -364,6 +390,10 @@ LAUNCHES = [
     derived(BF16, 3520, 16_384, index=True, entropy=False, softcap=None),
     derived(BF16, 3520, 16_384, index=False, entropy=True, softcap=30.0),
     derived(FP32, 3520, 16_384, index=True, entropy=True, softcap=None),
+    compared(BF16, 1024, 65_536),
+    compared(FP16, 1024, 50_001, everything=False),
+    compared(FP32, 2048, 32_768),
+    compared(FP32, 4096, 7, own=True),
 ]
 
 # 1024 threads, half of what a multiprocessor holds, hide the latency of streaming kernels; 32 KiB
@@ -381,6 +411,9 @@ DESIGN = {
     "_finish_fwd": Design((), blocks=8),
     "_policy_tokens": Design((), blocks=4),  # its mask is data, so it loads one by one: 37 B/token
     "_policy_grad": Design(("x_ptr", "dx_ptr"), blocks=4, in_flight=32),
+    "_tile_fwd": Design(("s_ptr",), blocks=5, in_flight=32),
+    "_tile_bwd": Design(("s_ptr", "ds_ptr"), blocks=3, in_flight=24),  # a third of it is stores
+    "_tile_stats": Design(("s_ptr",), blocks=5, in_flight=32),
     "_row_softmax_fwd": Design(("x_ptr",), blocks=4, in_flight=32),
     "_row_softmax_bwd": Design(("x_ptr", "dx_ptr"), blocks=4, in_flight=32),
 }

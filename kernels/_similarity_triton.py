@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_R = 32
+BLOCK_R = 16
 BLOCK_C = 128
 
 
@@ -24,10 +24,11 @@ def _block(
     num_blocks, HAS_IDS: tl.constexpr, OWN: tl.constexpr, DIAGONAL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Rows, columns, products, their factors, and which columns are negatives of which rows."""
+    """Rows, columns, products, their factors, which are of negatives and which of positives."""
     pid = tl.program_id(0)
     rows = (pid // num_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    cols = (pid % num_blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    col_block = (pid % num_blocks).to(tl.int64)
+    cols = col_block * BLOCK_C + tl.arange(0, BLOCK_C)
     row_kept, col_kept = rows < num_rows, cols < num_cols
     keep = row_kept[:, None] & col_kept[None, :]
     s_ptrs = s_ptr + rows[:, None] * stride_s + cols[None, :]
@@ -45,9 +46,11 @@ def _block(
             keep &= row_id != tl.load(col_id_ptr + at, mask=keep, other=0)
         else:
             keep &= row_id != tl.load(col_id_ptr + cols, mask=col_kept, other=0)[None, :]
+    lanes = tl.arange(0, BLOCK_C)[None, :]
+    positive = lanes == (rows + first - col_block * BLOCK_C).to(tl.int32)[:, None]
     if DIAGONAL:
-        keep &= cols[None, :] != rows[:, None] + first
-    return rows, cols, s, inv, keep
+        keep &= ~positive
+    return rows, cols, s, inv, keep, positive
 
 
 @triton.jit
@@ -73,7 +76,7 @@ def _tile_fwd(
     HAS_IDS: tl.constexpr, HAS_LIMIT: tl.constexpr, OWN: tl.constexpr, DIAGONAL: tl.constexpr,
     SYMMETRIC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    rows, cols, s, inv, keep = _block(
+    rows, cols, s, inv, keep, _ = _block(
         s_ptr, inv_row_ptr, inv_col_ptr, row_id_ptr, col_id_ptr, stride_s, num_rows, num_cols,
         first, num_blocks, HAS_IDS, OWN, DIAGONAL, BLOCK_R, BLOCK_C,
     )  # fmt: skip
@@ -109,7 +112,7 @@ def _tile_bwd(
     HAS_IDS: tl.constexpr, HAS_LIMIT: tl.constexpr, OWN: tl.constexpr, DIAGONAL: tl.constexpr,
     SYMMETRIC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    rows, cols, s, inv, keep = _block(
+    rows, cols, s, inv, keep, positive = _block(
         s_ptr, inv_row_ptr, inv_col_ptr, row_id_ptr, col_id_ptr, stride_s, num_rows, num_cols,
         first, num_blocks, HAS_IDS, OWN, DIAGONAL, BLOCK_R, BLOCK_C,
     )  # fmt: skip
@@ -125,7 +128,7 @@ def _tile_bwd(
         dz += _share(keep, z, col_ptr, d_col_ptr, cols[None, :], num_cols)
     if DIAGONAL:
         d_positive = tl.load(d_positive_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
-        dz = tl.where(cols[None, :] == rows[:, None] + first, d_positive, dz)
+        dz = tl.where(positive, d_positive, dz)
     ds_ptrs = ds_ptr + rows[:, None] * stride_s + cols[None, :]
     tl.store(ds_ptrs, (dz * inv).to(ds_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None])
 
@@ -137,7 +140,7 @@ def _tile_stats(
     HAS_IDS: tl.constexpr, OWN: tl.constexpr, DIAGONAL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    rows, _, s, inv, keep = _block(
+    rows, _, s, inv, keep, _ = _block(
         s_ptr, inv_row_ptr, inv_col_ptr, row_id_ptr, col_id_ptr, stride_s, num_rows, num_cols,
         first, num_blocks, HAS_IDS, OWN, DIAGONAL, BLOCK_R, BLOCK_C,
     )  # fmt: skip
@@ -147,11 +150,13 @@ def _tile_stats(
     s = tl.where(keep, s * inv, float("-inf"))
     tl.store(row_ptr + at, _log_sum_exp(s * tl.load(scale_ptr), 1), mask=kept)
     positive = tl.load(positive_ptr + rows, mask=kept, other=0.0)[:, None]
-    above = tl.sum((keep & ~(s <= positive)).to(tl.int32), axis=1)
-    tl.store(above_ptr + at, above, mask=kept)
-    num_bad = tl.sum((s != s).to(tl.int32), axis=1)
+    above = tl.sum((keep & ~(s <= positive)).to(tl.float32), axis=1)  # at most BLOCK_C
+    tl.store(above_ptr + at, above.to(tl.int64), mask=kept)
+    num_bad = tl.sum((s != s).to(tl.float32), axis=1)
     s = tl.where(s == s, s, float("inf"))  # a maximum would drop NaN
-    hardest, index = tl.max(s, axis=1, return_indices=True)
+    hardest = tl.max(s, axis=1)
+    lanes = tl.arange(0, BLOCK_C)[None, :].to(tl.float32)
+    index = tl.cast(tl.min(tl.where(s == hardest[:, None], lanes, BLOCK_C), axis=1), tl.int64)
     tl.store(hardest_ptr + at, tl.where(num_bad != 0, float("nan"), hardest), mask=kept)
     tl.store(index_ptr + at, block * BLOCK_C + index, mask=kept)
 
@@ -181,7 +186,7 @@ def _launch(kernel, s: Tensor, frame: Frame, *, limits: bool = True, **arguments
         s_ptr=s, inv_row_ptr=inv_row, inv_col_ptr=inv_col, row_id_ptr=row_ids, col_id_ptr=col_ids,
         stride_s=s.stride(0), num_rows=s.shape[0], num_cols=s.shape[1], first=first or 0,
         num_blocks=num_blocks, HAS_IDS=row_ids is not None, OWN=inv_col.ndim == 2,
-        DIAGONAL=first is not None, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, **arguments,
+        DIAGONAL=first is not None, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=8, **arguments,
     )  # fmt: skip
 
 
