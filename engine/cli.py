@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import sys
 from typing import NamedTuple
 
@@ -67,7 +68,21 @@ def find_command(argv: list[str]) -> tuple[str, list[str]] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command.  Returns 0, 1 after a failure, or 2 after wrong usage."""
+    """Runs one command.
+
+    Returns:
+        0; 1 after a failure, 2 after wrong usage, 130 after Ctrl-C, 141 where nobody reads on.
+    """
+    try:
+        status = _dispatch(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has what it wanted; Python would complain when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status
+
+
+def _dispatch(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not argv or argv[0] in ("-h", "--help"):
@@ -91,24 +106,28 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     name, rest = found
-    module, _, function = COMMANDS[name].target.partition(":")
-    return run(getattr(importlib.import_module(module), function), rest, f"tercet {name}")
+    return _run(COMMANDS[name].target, rest, f"tercet {name}")
 
 
-def run(function, argv: list[str], prog: str) -> int:
+def _run(target: str, argv: list[str], prog: str) -> int:
     """Calls a command and turns the errors that a user can mend into one line each."""
     from tercet.engine.config import ConfigError
 
+    module, _, function = target.partition(":")
     try:
-        return function(argv, prog)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+        return getattr(importlib.import_module(module), function)(argv, prog)
+    except BrokenPipeError:
+        raise
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
         logging.getLogger(__name__).debug("%s failed", prog, exc_info=True)
-        told = str(error).removeprefix(f"{prog.split()[-1]}: ")  # named by the command already
-        sys.stderr.write(f"{prog}: {told}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\n{prog}: stopped; the same command goes on from the last checkpoint\n")
+        sys.stderr.write(f"{prog}: {_unprefixed(str(error), prog)}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt as stop:
+        told = str(stop) or "the same command goes on from the last checkpoint, if there is one"
+        sys.stderr.write(f"\n{prog}: stopped; {told}\n")
         return 130
+
+
+def _unprefixed(message: str, prog: str) -> str:
+    """A message without the command's own name before it."""
+    return message.removeprefix(f"{prog}: ").removeprefix(f"{prog.split()[-1]}: ")

@@ -187,6 +187,34 @@ def _readable(error: Exception, where: str) -> str:
     return "; ".join(parts)
 
 
+def changes(path: Path, config: object) -> list[str]:
+    """What a file of `to_yaml` and settings differ in, as `key old -> new`; long values are cut.
+
+    Raises:
+        ConfigError: as `read_mapping`.
+    """
+    before, after = _flat(read_mapping(path)), _flat(to_plain(config))
+    return [
+        f"{key} {_short(before, key)} -> {_short(after, key)}"
+        for key in before | after
+        if key not in before or key not in after or before[key] != after[key]
+    ]
+
+
+def _short(settings: dict[str, Any], key: str) -> str:
+    text = repr(settings[key]) if key in settings else "(none)"
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _flat(data: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings with their keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
+
+
 def to_plain(config: object) -> dict[str, Any]:
     """The settings as JSON can hold them."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[arg-type]

@@ -101,6 +101,17 @@ def lock(path: Path) -> int:
     return descriptor
 
 
+def follow_umask(folder: Path) -> None:
+    """Gives a folder and the files in it the modes of new ones.
+
+    `tempfile` and safetensors keep what they make to their owner.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}

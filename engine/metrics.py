@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tercet.engine.config import to_plain, to_yaml
+from tercet.engine.config import changes, to_plain, to_yaml
 from tercet.engine.environment import environment
 from tercet.engine.files import append_jsonl, lock, read_jsonl, replace_text, rewind_jsonl
 
@@ -89,7 +89,7 @@ class RunLog:
         log.about = {"tercet": tercet.__version__, "settings": to_plain(config), **(about or {})}
         log._take_lock()
         try:
-            log._open(to_yaml(config), resume=resume)
+            log._open(config, resume=resume)
         except BaseException:
             log.close()
             raise
@@ -165,7 +165,7 @@ class RunLog:
                 f"{error.strerror} at work in it; stop that one, or choose another output folder"
             ) from error
 
-    def _open(self, settings: str, *, resume: bool) -> None:
+    def _open(self, config: Any, *, resume: bool) -> None:
         folder = self.folder
         found = [name for name in ("config.yaml", *ROW_FILES) if (folder / name).exists()]
         if found and not resume:
@@ -176,8 +176,8 @@ class RunLog:
         if found:
             for name in ROW_FILES:
                 rewind_jsonl(folder / name, last_step=None)
-            self._warn_changes(folder / "config.yaml", settings)
-        replace_text(folder / "config.yaml", settings)
+            self._warn_changes(folder / "config.yaml", config)
+        replace_text(folder / "config.yaml", to_yaml(config))
         replace_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
 
     def _event(self, kind: str, message: str) -> None:
@@ -194,12 +194,10 @@ class RunLog:
             return None
         return (time.monotonic() - self._started) / done * (self.total_steps - step)
 
-    def _warn_changes(self, path: Path, text: str) -> None:
+    def _warn_changes(self, path: Path, config: Any) -> None:
         if not path.exists():
             return
-        old, new = _flat_yaml(path.read_text(encoding="utf-8")), _flat_yaml(text)
-        changed = sorted(key for key in old | new if old.get(key) != new.get(key))
-        if changed:
+        if changed := changes(path, config):
             self.warn(
                 "resuming with other settings than the run was started with "
                 f"({', '.join(changed)}): the result is not that of one uninterrupted run"
@@ -258,16 +256,3 @@ def progress_line(
         minutes, seconds = divmod(round(eta_s), 60)
         parts.append(f"eta {minutes}:{seconds:02}")
     return "  ".join(parts)
-
-
-def _flat_yaml(text: str) -> dict[str, Any]:
-    import yaml
-
-    def walk(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            yield prefix, value
-
-    return dict(walk("", yaml.safe_load(text)))

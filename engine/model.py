@@ -24,6 +24,7 @@ from tercet.engine.attention import (
     register_attention,
     without_masks,
 )
+from tercet.engine.files import follow_umask
 from tercet.engine.isolation import isolation_error
 from tercet.engine.pooling import LAST, States, find_pool
 from tercet.engine.pretrained import load_pretrained
@@ -205,6 +206,7 @@ class Policy:
             self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
+            follow_umask(partial)
             folder.mkdir(exist_ok=True)
             for file in sorted(partial.iterdir()):
                 os.replace(file, folder / file.name)

@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from tercet.engine.command_line import load_config
-from tercet.engine.config import to_yaml
+from tercet.engine.config import changes, to_yaml
 from tercet.engine.demo.config import GraceDemoConfig
 from tercet.engine.demo.measure import read_with_rationales, read_without_rationales
 from tercet.engine.demo.results import DemoResults, Reading, Sample, read_results
@@ -266,11 +266,11 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _claim(folder: Path, config: GraceDemoConfig) -> None:
     """Writes the settings into a new folder, or checks that the folder has these very ones."""
-    settings, text = folder / "demo.yaml", to_yaml(config)
-    if settings.exists() and settings.read_text(encoding="utf-8") != text:
+    settings = folder / "demo.yaml"
+    if changed := changes(settings, config) if settings.exists() else []:
         raise FileExistsError(
             f"run_demo: output_dir must be new or hold this demo, got one with other settings in "
-            f"{folder}; choose another --output-dir"
+            f"{folder} ({', '.join(changed)}); choose another --output-dir"
         )
     # what a kill left half-written is nobody's
     kept = [p for p in folder.glob("*") if p.suffix != ".tmp"]
@@ -280,7 +280,7 @@ def _claim(folder: Path, config: GraceDemoConfig) -> None:
             "choose another --output-dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(settings, text)
+    replace_text(settings, to_yaml(config))
 
 
 def main(argv: Sequence[str], prog: str) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tercet.engine.command_line import load_config
 from tercet.engine.data import check_text, read_rows
+from tercet.engine.files import follow_umask
 from tercet.engine.grace.held_out import EvalData, held_out
 from tercet.engine.records import Pooling
 
@@ -44,31 +45,25 @@ def encode(argv: Sequence[str], prog: str) -> int:
     if folder.exists():
         raise FileExistsError(f"encode: output_dir must be new, got {folder}; name another")
     rows = read_rows(config.input)
-    texts = [
-        check_text("encode", config.column, row.get(config.column), rows.where(i))
-        for i, row in enumerate(rows)
-    ]
+    texts = [_text(row, config.column, rows.where(i)) for i, row in enumerate(rows)]
 
     from safetensors.torch import save_file
 
     encoder = _encoder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    encoded = encoder.encode(
-        texts,
-        generate=config.generate,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        seed=config.seed,
-        normalize=config.normalize,
-    )
-    save_file({"vectors": encoded.vectors.cpu()}, partial / "vectors.safetensors")
-    lines = [
-        json.dumps({"text": text, "rationale": rationale}, ensure_ascii=False) + "\n"
-        for text, rationale in zip(texts, encoded.rationales, strict=True)
-    ]
-    (partial / "rationales.jsonl").write_text("".join(lines), encoding="utf-8")
-    partial.rename(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        options = _options(config, generate=config.generate)
+        encoded = encoder.encode(texts, normalize=config.normalize, **options)
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
+        save_file({"vectors": encoded.vectors.cpu()}, partial / "vectors.safetensors")
+        lines = [
+            json.dumps({"text": text, "rationale": rationale}, ensure_ascii=False) + "\n"
+            for text, rationale in zip(texts, encoded.rationales, strict=True)
+        ]
+        (partial / "rationales.jsonl").write_text("".join(lines), encoding="utf-8")
+        follow_umask(partial)
+        partial.rename(folder)
     sys.stdout.write(
         f"{len(texts)} texts in {folder}; {encoded.num_truncated} rationales cut off, "
         f"{encoded.num_prompts_truncated} texts cut to fit the prompt, "
@@ -124,6 +119,15 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
+def _text(row: dict[str, object], column: str, where: str) -> str:
+    if column not in row:
+        raise ValueError(
+            f"encode: column {column!r} must be there, got only {sorted(row)} at {where}; "
+            "name the one to encode with --column"
+        )
+    return check_text("encode", column, row[column], where)
+
+
 def _encoder(config: EncodeConfig | EvalConfig) -> GraceEncoder:
     import torch
 
@@ -137,7 +141,7 @@ def _encoder(config: EncodeConfig | EvalConfig) -> GraceEncoder:
     )
 
 
-def _options(config: EvalConfig, *, generate: bool) -> dict[str, Any]:
+def _options(config: EncodeConfig | EvalConfig, *, generate: bool) -> dict[str, Any]:
     return {
         "generate": generate,
         "max_completion_length": config.max_completion_length,

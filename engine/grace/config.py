@@ -25,7 +25,9 @@ class GraceData:
 
     path: str  # .jsonl, .txt (one text per line) or .parquet
     mode: Mode = "supervised"  # pairs, or texts alone
-    columns: dict[str, str] = field(default_factory=dict)  # our name -> the file's name
+    # pairs of our name and the file's: --data.columns query question positive answer;
+    # in YAML {query: question, positive: answer}
+    columns: dict[str, str] = field(default_factory=dict)
     num_negatives: int | None = None  # per row; None: as many as every row has
     remove: str | None = None  # regular expression; what it matches is deleted from every text
     test_path: str | None = None  # held-out rows; None: split off `path`
@@ -45,6 +47,12 @@ class GraceData:
             )
         _check_choice("GraceData", "mode", self.mode, get_args(Mode))
         _check_choice("GraceData", "overlong", self.overlong, get_args(Overlong))
+        for file in (self.path, self.test_path):
+            if self.mode == "supervised" and file is not None and file.endswith(".txt"):
+                raise ValueError(
+                    "GraceData: supervised data must be pairs (.jsonl or .parquet), got "
+                    f"{file}, a text per line; set --data.mode unsupervised (mode: unsupervised)"
+                )
         if not 0.0 <= self.test_fraction < 1.0:
             raise ValueError(
                 f"GraceData: test_fraction must be in [0, 1), got {self.test_fraction}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.engine.command_line import load_config
-from tercet.engine.config import ConfigError, to_yaml
+from tercet.engine.config import ConfigError, changes, to_yaml
 from tercet.engine.data import read_rows
 from tercet.engine.files import replace_text
 from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive
@@ -341,13 +341,13 @@ def main(argv: Sequence[str], prog: str) -> int:
 def _claim(folder: Path, config: ExperimentConfig) -> None:
     """Writes config.yaml, or compares with the one that is there."""
     path = folder / "config.yaml"
-    text = to_yaml(replace(config, seeds=[0], data="", output_dir=""))
+    settings = replace(config, seeds=[0], data="", output_dir="")
     if not path.exists():
         check_run_folder(folder)
-    elif path.read_text(encoding="utf-8") != text:
+    elif changed := changes(path, settings):
         raise ConfigError(
             f"experiment: output_dir must be new or hold this experiment, got other settings in "
-            f"{path}; choose another output_dir"
+            f"{path} ({', '.join(changed)}); choose another output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(path, text)
+    replace_text(path, to_yaml(settings))

@@ -27,7 +27,8 @@ class EvalData:
     path: str | None = None  # .jsonl or .parquet; the training rows and, without test_path, these
     test_path: str | None = None  # held-out rows
     mode: Mode | None = None  # "supervised" for a run on texts alone
-    columns: dict[str, str] | None = None  # ours, the file's: query question positive answer
+    # pairs of our name and the file's: --data.columns query question positive answer
+    columns: dict[str, str] | None = None
     remove: str | None = None  # regular expression; what it matches is deleted from every text
     test_fraction: float | None = None
     split_seed: int | None = None

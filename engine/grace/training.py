@@ -10,7 +10,7 @@ import torch
 
 from tercet.engine.checkpoint import read_run
 from tercet.engine.command_line import load_config
-from tercet.engine.config import to_yaml
+from tercet.engine.config import changes
 from tercet.engine.files import checkpoints
 from tercet.engine.grace.config import GraceConfig
 from tercet.engine.grace.data import Dataset, data_digests, drop_overlong, load_dataset
@@ -103,8 +103,17 @@ def main(argv: Sequence[str], prog: str) -> int:
     """`tercet grace train [--resume] [--config FILE.yaml] [--key.subkey VALUE ...]`."""
     rest = [word for word in argv if word != "--resume"]
     config = load_config(GraceConfig, rest, prog=prog, beside=["--resume"])
-    train(config, resume=True if len(rest) < len(argv) else None)
+    try:
+        train(config, resume=True if len(rest) < len(argv) else None)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_what_is_saved(Path(config.output_dir))) from stop
     return 0
+
+
+def _what_is_saved(folder: Path) -> str:
+    for checkpoint in checkpoints(folder):
+        return f"{checkpoint} is the last that was saved; the same command goes on from it"
+    return "nothing was saved (there is no checkpoint yet); the same command starts over"
 
 
 def _resumes(folder: Path, config: GraceConfig, resume: bool | None) -> bool:
@@ -114,11 +123,13 @@ def _resumes(folder: Path, config: GraceConfig, resume: bool | None) -> bool:
     if not settings.exists():
         return False
     finished = (folder / f"checkpoint-{config.train.max_steps}").exists()
-    same = settings.read_text(encoding="utf-8") == to_yaml(config)
-    if resume or (resume is None and same and not finished):
+    changed = changes(settings, config)
+    if resume or (resume is None and not changed and not finished):
         _check_not_past(folder, config.train.max_steps)
         return True
-    kind = "a run with other settings" if not same else "a finished run" if finished else "a run"
+    kind = "a finished run" if finished else "a run"
+    if changed:
+        kind = f"a run with other settings ({', '.join(changed)})"
     raise FileExistsError(
         f"train: output_dir must be new or hold this run unfinished, got {kind} in {folder}; "
         "choose another output_dir, or resume it (--resume, train(config, resume=True))"

@@ -70,6 +70,31 @@ def test_wrong_usage_is_one_line_and_exit_status_2():
         assert done.stderr.count("\n") == 1
 
 
+def test_the_name_of_the_command_stands_once(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("data: a\n")
+    (tmp_path / "d.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 20)
+    argv = ["grace", "experiment", "--data", str(tmp_path / "d.jsonl"), "--num-train", "9"]
+    assert main([*argv, "--output-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("tercet grace experiment: output_dir must be new")
+    (tmp_path / "c.yaml").write_text("mod: x\n")
+    assert main(["grace", "train", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("tercet grace train: read_yaml: ")
+    assert main(["grace", "train", "--modle", "x"]) == 2
+    assert capsys.readouterr().err.count("tercet grace train") == 2  # and in "see ... --help"
+
+
+@pytest.mark.parametrize("args", [["doctor"], ["--help"], ["grace", "eval", "--help"]])
+def test_a_reader_that_goes_away_is_no_failure(args):
+    with subprocess.Popen(
+        [TERCET, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 141
+
+
 def test_doctor_says_what_each_op_runs():
     done = tercet("doctor")
     assert done.returncode == 0, done.stderr

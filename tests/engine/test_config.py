@@ -1,10 +1,11 @@
 """Settings from YAML."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from tercet.engine.config import ConfigError, read_mapping, read_yaml, to_yaml
+from tercet.engine.config import ConfigError, changes, read_mapping, read_yaml, to_yaml
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,24 @@ def yaml_file(tmp_path):
 def test_round_trip(yaml_file):
     config = Outer(data="ü: #1", train=Inner(learning_rate=3e-7))
     assert read_yaml(yaml_file(to_yaml(config)), Outer) == config
+
+
+def test_changes_name_each_key_with_both_values(yaml_file):
+    config = Outer(data="d", train=Inner(learning_rate=3e-7))
+    path = Path(yaml_file(to_yaml(config)))
+    assert changes(path, config) == []
+    other = Outer(data="long " * 20, seed=1, train=Inner(max_steps=9))
+    assert changes(path, other) == [
+        "data 'd' -> 'long long long long long long long l...",
+        "seed None -> 1",
+        "train.learning_rate 3e-07 -> 1e-06",
+        "train.max_steps 10 -> 9",
+    ]
+    path.write_text("data: d\nmode: supervised\nold: 1\ntrain: {}\n")
+    absent = ["old 1 -> (none)", "train {} -> (none)", "seed (none) -> None"]
+    assert changes(path, Outer(data="d"))[:3] == absent
+    with pytest.raises(ConfigError, match="must be a readable YAML file"):
+        changes(Path(yaml_file("{")), config)
 
 
 @pytest.mark.parametrize(

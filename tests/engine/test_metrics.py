@@ -264,7 +264,7 @@ def test_resuming_with_other_settings_is_said(tmp_path):
     changed = Settings(train=Inner(learning_rate=2e-6))
     with run_log(tmp_path, resume=True, config=changed) as log:
         assert "other settings" in shown(log)[0]
-        assert "(train.learning_rate)" in shown(log)[0]
+        assert "(train.learning_rate 1e-06 -> 2e-06)" in shown(log)[0]
 
 
 def test_eta_counts_the_steps_of_this_process(tmp_path):

@@ -102,7 +102,9 @@ def test_a_finished_demo_is_shown_again_and_not_run(finished):
 
 def test_a_folder_with_another_demo_is_refused(finished, tmp_path):
     config, _, _ = finished
-    with pytest.raises(FileExistsError, match="got one with other settings"):
+    with pytest.raises(
+        FileExistsError, match=r"got one with other settings in .* \(max_steps 2 -> 3\);"
+    ):
         run_demo(replace(config, max_steps=3))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="got other files"):

@@ -1,6 +1,8 @@
 """`tercet grace encode` and `eval` on a tiny model."""
 
 import json
+import os
+import stat
 
 import pytest
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from tercet.engine.cli import main
 from tercet.engine.files import sha256
 from tercet.engine.grace import GraceEncoder
+from tercet.engine.model import Policy
 
 PAIRS = [{"query": f"cat {i}", "positive": f"dog {i}"} for i in range(6)]
 
@@ -66,6 +69,45 @@ def test_encode_writes_vectors_and_rationales(checkpoint, tmp_path, capsys):
     assert not pooled.allclose(vectors, atol=1e-2)
     assert main(argv) == 1
     assert "output_dir must be new" in capsys.readouterr().err
+
+
+def test_encode_names_the_column_that_is_not_there(checkpoint, tmp_path, capsys):
+    texts = write_rows(tmp_path / "t.jsonl", [{"body": "the cat"}, {"body": None}])
+    argv = ["grace", "encode", "--model", checkpoint, "--input", texts]
+    argv += ["--output-dir", str(tmp_path / "out")]
+    assert main(argv) == 1
+    assert capsys.readouterr().err == (
+        f"tercet grace encode: column 'text' must be there, got only ['body'] at {texts}:1; "
+        "name the one to encode with --column\n"
+    )
+    assert main([*argv, "--column", "body"]) == 1
+    assert f"'body' must be a string, got NoneType at {texts}:2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_what_is_written_follows_the_umask(checkpoint, tmp_path, mask):
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": "the cat"}])
+    argv = ["grace", "encode", "--model", checkpoint, "--input", texts]
+    before = os.umask(mask)
+    try:
+        assert main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
+        Policy.from_pretrained(checkpoint).save(tmp_path / "copy")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "out", tmp_path / "copy"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+        assert modes == dict.fromkeys(modes, 0o666 & ~mask)
+    assert {"vectors.safetensors", "rationales.jsonl"} == set(os.listdir(tmp_path / "out"))
+
+
+def test_a_failed_encode_leaves_nothing(checkpoint, tmp_path, capsys):
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": "the cat"}])
+    argv = ["grace", "encode", "--model", checkpoint, "--input", texts, "--temperature", "-1"]
+    assert main([*argv, "--output-dir", str(tmp_path / "deep" / "out")]) == 1
+    assert "temperature" in capsys.readouterr().err
+    assert list((tmp_path / "deep").iterdir()) == []
 
 
 def test_eval_measures_both_modes(checkpoint, tmp_path, capsys):

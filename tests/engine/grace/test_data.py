@@ -57,6 +57,8 @@ def test_graces_own_parquet(tmp_path):
 
 def test_unsupervised_texts(tmp_path, dataset):
     (tmp_path / "wiki.txt").write_text("one\n\ntwo\n")
+    with pytest.raises(ValueError, match=r"got .*wiki\.txt, a text .*; set --data\.mode unsuperv"):
+        GraceData(path=str(tmp_path / "wiki.txt"))
     found = load_dataset(GraceData(path=str(tmp_path / "wiki.txt"), mode="unsupervised"))
     assert sorted(e.document for e in found.train) == ["one", "two"]
     assert all(e.query is None for e in found.train)

@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,7 +185,8 @@ def test_output_folder_exists(make_config, tmp_path):
     with pytest.raises(FileExistsError, match=message.format("a finished run")):
         train(config)
     longer = make_config(train={"max_steps": 2})
-    with pytest.raises(FileExistsError, match=message.format("a run with other settings")):
+    other = r"a run with other settings \(train\.max_steps 1 -> 2\)"
+    with pytest.raises(FileExistsError, match=message.format(other)):
         train(longer)
     assert train(longer, resume=True).checkpoint.name == "checkpoint-2"
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
@@ -316,6 +321,28 @@ def test_the_command_line(make_config, tmp_path, capsys):
     assert main([*argv, "--train.max-steps", "1", "--device", "cpu"], "tercet grace train") == 0
     assert f"wrote {tmp_path / 'cli' / 'checkpoint-1'}" in capsys.readouterr().out.replace("\n", "")
     assert main([*argv, "--train.max-steps", "2", "--resume", "--device", "cpu"], "t") == 0
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "said"),
+    [
+        (0, r"nothing was saved \(there is no checkpoint yet\); the same command starts over"),
+        (1, r"{}/run/checkpoint-\d+ is the last that was saved; the same command goes on from it"),
+    ],
+)
+def test_ctrl_c_says_what_was_saved(make_config, tmp_path, save_steps, said):
+    config = make_config(train={"max_steps": 100_000, "save_steps": save_steps})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    command = [str(Path(sys.executable).with_name("tercet")), "grace", "train"]
+    command += ["--config", str(tmp_path / "c.yaml")]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as run:
+        assert run.stdout is not None
+        assert any(line.startswith("step 3/") for line in run.stdout)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert re.search(rf"\ntercet grace train: stopped; {said.format(tmp_path)}\n", err)
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("name", ["tiny", "paper"])
