@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from tercet.kernels._checks import (
     check_tensor,
     use_triton,
 )
+from tercet.kernels._gather import Gather
 from tercet.kernels._typing import Float, Int
 from tercet.kernels.reference import Reduction, accumulator_dtype
 
@@ -287,6 +289,13 @@ def _limits(queries: Tensor, keys: Tensor, margin: float, normalize: bool) -> Te
         return positive * inv[0] * inv[1] - margin
 
 
+def _over_ranks(gather: Gather, col: Tensor) -> Tensor:
+    """Log-sum-exp of this rank's keys over the rows of every rank, from that over its own rows."""
+    parts = Gather(gather.group, col[None])(col[None])[:, gather.own]
+    none = (parts == -torch.inf).all(0)  # logsumexp has no gradient there
+    return parts.masked_fill(none, 0.0).logsumexp(0).masked_fill(none, -torch.inf)
+
+
 def info_nce(
     queries: Float[Tensor, "batch hidden"],
     keys: Float[Tensor, "batch hidden"],
@@ -300,6 +309,7 @@ def info_nce(
     false_negative_margin: float | None = None,
     weight: Float[Tensor, " batch"] | None = None,
     reduction: Reduction = "mean",
+    group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> Float[Tensor, "*batch_or_scalar"]:
     """Cross-entropy of picking each query's key among the keys and negatives, nats, float32.
@@ -319,6 +329,10 @@ def info_nce(
             negatives; no gradient flows through the choice.
         weight: of each row's loss; reduction="mean" divides by its sum.
         reduction: "mean", "sum" or "none".  A row without negatives has loss 0.
+        group: rows, pools and ids of its other ranks are candidates, too; their numbers may differ
+            between ranks, arguments that are None may not.  The loss is that of this rank's rows,
+            and "mean" is such that its mean over ranks (what data parallelism makes of gradients)
+            is the mean over all rows.
 
     Raises:
         TypeError: a type or dtype.
@@ -345,9 +359,18 @@ def info_nce(
     if false_negative_margin is not None:
         limit = _limits(queries, keys, false_negative_margin, normalize)
     weight = t.new_ones(len(queries)) if weight is None else weight.to(t.dtype)
-    marks = tiled.marks(queries, ids, ids, negative_ids, limit, limit)
+    total, first, key_ids, key_limit, gather = weight.sum(), 0, ids, limit, None
+    if group is not None:
+        gather = Gather(group, queries)
+        keys, first = gather(keys), gather.first
+        key_ids, key_limit = (None if x is None else gather(x) for x in (ids, limit))
+        if negatives is not None and negatives.ndim == 2:
+            of_pool = Gather(group, negatives)
+            negatives = of_pool(negatives)
+            negative_ids = None if negative_ids is None else of_pool(negative_ids)
+        total = Gather(group, total[None])(total[None]).mean()
+    marks = tiled.marks(queries, ids, key_ids, negative_ids, limit, key_limit)
     if reduction == "mean":
-        total = weight.sum()
         weight = weight / torch.where(total == 0, 1.0, total)
     if reduction != "none" and not symmetric:
         needs = [
@@ -355,12 +378,14 @@ def info_nce(
             for x in (queries, keys, negatives, t)
         ]
         return _info_nce_sum(
-            queries, keys, negatives, t, weight, marks, 0, normalize, triton, needs
+            queries, keys, negatives, t, weight, marks, first, normalize, triton, needs
         )[0]
     positive, row, col = _info_nce_lse(
-        queries, keys, negatives, t, marks, 0, normalize, triton, symmetric
+        queries, keys, negatives, t, marks, first, normalize, triton, symmetric
     )
     losses = F.softplus(row - positive)
+    if symmetric and gather is not None:
+        col = _over_ranks(gather, col)
     if symmetric:
         losses = (losses + F.softplus(col - positive)) / 2
     losses = losses * weight
