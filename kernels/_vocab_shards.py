@@ -63,10 +63,8 @@ class Shards(NamedTuple):
         """
         m, rest, spread = state.stats
         top = self.all_reduce(m.contiguous(), "max")
-        empty = (m == -torch.inf) & ~rest.isnan()  # all its logits are -inf
-        rest, spread = rest.masked_fill(empty, 0.0), spread.masked_fill(empty, 0.0)
-        total = (1 + rest).masked_fill(empty, 0.0)
-        fall = ((top - m) * query.scale).masked_fill(empty, 0.0).clamp(max=-rs.MIN_LOG)
+        total = 1 + rest
+        fall = ((top - m) * query.scale).clamp(max=-rs.MIN_LOG)  # m is -inf in a masked shard
         shrink, highest = (-fall).exp(), m == top
         inside = (query.targets >= 0) & (query.targets < size)
         sums = torch.cat(

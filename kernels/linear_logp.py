@@ -164,6 +164,7 @@ def _forward(head: lt.Head, query: rs.Query, tiles: lt.Tiles, options: _Options)
                 first_column=columns.start, entropy=options.entropy,
                 work=work, scratch=tiles.buffer(1, rows, columns) if scratch else None,
             )  # fmt: skip
+        del chunk  # which would live beside the next one
     if options.impl == "torch":
         rs.close(whole, query)
     if options.shards:
@@ -276,8 +277,10 @@ class _Backward(NamedTuple):
                     lt.product(tile.t(), hidden[rows], out=d_chunk, add=number > 0)
                 if need_bias:
                     d_bias[columns] += tile.sum(0, dtype=wide)
+                del tile
             if need_weight and blocks and weight.dtype != wide:
                 d_weight[columns] = d_chunk
+            del chunk, d_chunk
         if need_weight and not blocks:
             d_weight = torch.zeros_like(weight)
         return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tercet.kernels import _linear_tiles as tiles
+from tercet.kernels import _row_softmax_cpu as compiled
 from tercet.kernels import _row_softmax_triton as kernels
 from tercet.kernels import linear_logp, token_logp
 from tercet.kernels._checks import choose_rows
@@ -281,27 +282,60 @@ def test_kept_rows_save_their_recomputation(impl, device, small_tiles):
     assert flops == {8: 3.0, 24: 2.5, 4096: 2.0}
 
 
+WORKSPACES = {  # rows, hidden, dtype, options
+    "plain": (512, 8, torch.float32, {}),
+    "entropy": (512, 8, torch.float32, {"return_entropy": True}),
+    "entropy and softcap": (512, 8, torch.float32, {"return_entropy": True, "softcap": 9.0}),
+    "half-precision weight": (64, 512, torch.bfloat16, {}),
+}
+
+
 @pytest.mark.parametrize("budget_mb", [2, 12])
-def test_workspace_stays_within_the_budget(impl, budget_mb, device):
+@pytest.mark.parametrize(
+    ("rows", "hidden", "dtype", "options"), WORKSPACES.values(), ids=WORKSPACES
+)
+def test_workspace_stays_within_the_budget(impl, budget_mb, rows, hidden, dtype, options, device):
     if device.type != "cpu":
         pytest.skip("the CUDA allocator is asked in the bench")
     impl = "torch" if impl == "triton" else impl  # the interpreter has workspace of its own
-    hidden = torch.randn(512, 8, requires_grad=True)
-    weight = torch.randn(16_384, 8, requires_grad=True)  # the logits would take 32 MiB
-    targets = torch.randint(16_384, (512,))
+    inputs = [torch.randn(n, hidden).to(dtype).requires_grad_() for n in (rows, 16_384)]
+    targets = torch.randint(16_384, (rows,))
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        out = linear_logp(hidden, weight, targets, impl=impl, memory_budget_mb=budget_mb)
-        grads = torch.autograd.grad(out.logp.sum(), [hidden, weight])
+        out = linear_logp(*inputs, targets, impl=impl, memory_budget_mb=budget_mb, **options)
+        loss = out.logp.sum() + (out.entropy.sum() if options else 0.0)
+        grads = torch.autograd.grad(loss, inputs)
     profiler: Any = profile.profiler
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    returned = sum(g.nbytes for g in grads)
-    assert peak - returned <= budget_mb * 2**20 + 2**18
-    assert impl in ("triton", "torch", "auto")
+    besides = sum(g.nbytes for g in grads) + 2 * 4 * inputs[0].numel()
+    assert peak - besides <= budget_mb * 2**20 + 2**18
+
+
+def test_entropy_takes_a_tile_in_pytorch_alone(impl, device, small_tiles):
+    (hidden, weight, _), targets = problem(20, 300, device=device)
+    rows = choose_rows("test", impl, hidden)
+    inputs = (hidden, weight, None, targets, torch.ones((), device=device))
+    options = (True, 24, rows, 1.0, None, "", 0)
+    kept = [len(torch.ops.tercet.linear_logp(*inputs, e, *options)[3]) for e in (False, True)]
+    assert kept == [13, 6 if rows == "torch" else 13]
+
+
+def test_auto_runs_compiled_rows_on_a_cpu(impl, device, monkeypatch, small_tiles):
+    calls = []
+    for name in ("forward", "backward"):
+        one = getattr(compiled, name)
+        monkeypatch.setattr(
+            compiled, name, lambda *a, f=one, n=name, **k: (calls.append(n), f(*a, **k))
+        )
+    (hidden, weight, _), targets = problem(20, 300, device=device)
+    out = linear_logp(hidden.requires_grad_(), weight, targets, impl=impl)
+    out.logp.sum().backward()
+    runs = impl == "auto" and device.type == "cpu"
+    assert set(calls) == ({"forward", "backward"} if runs else set())
 
 
 def test_forward_alone_keeps_nothing(impl, device):
