@@ -43,6 +43,8 @@ class TrainConfig:
     max_tokens_per_batch: int = 16384  # tokens per forward pass; memory only, never the result
     bf16: bool = False  # autocast to bfloat16; the weights and Adam stay in their own dtype
 
+    num_threads: int | None = None  # of the CPU, that torch computes on; None: torch's choice
+
     logging_steps: int = 1
     eval_steps: int = 0  # 0: never; else also before step 1 and after the last
     save_steps: int = 50  # the last step is always saved; 0: nothing else
@@ -70,8 +72,9 @@ class TrainConfig:
             _check("epsilon_high", self.epsilon_high, "be > 0", self.epsilon_high > 0)
         if self.delta is not None:
             _check("delta", self.delta, "be > 1", self.delta > 1)
-        if self.save_total_limit is not None:
-            _check("save_total_limit", self.save_total_limit, "be >= 1", self.save_total_limit >= 1)
+        for name in ("save_total_limit", "num_threads"):
+            value = getattr(self, name)
+            _check(name, value, "be >= 1", value is None or value >= 1)
 
     @property
     def on_policy(self) -> bool:

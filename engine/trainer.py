@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tercet.engine.advantage import advantages, dead_parts, flat_groups
 from tercet.engine.checkpoint import load_latest, save_checkpoint
+from tercet.engine.environment import torch_threads
 from tercet.engine.files import replace_text
 from tercet.engine.guards import (
     NonFiniteError,
@@ -122,6 +123,10 @@ class Trainer:
             RuntimeError: NaN or infinity; the step's samples are in samples.jsonl, the account of
                 it in nan_step.json, and the update that hit it has not touched the weights.
         """
+        with torch_threads(self.config.num_threads):
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         config = self.config
         start = self._resume()
         self._check_precision()

@@ -27,9 +27,9 @@ from tercet.engine.demo.config import GraceDemoConfig
 from tercet.engine.demo.measure import read_with_rationales, read_without_rationales
 from tercet.engine.demo.results import DemoResults, Reading, Sample, read_results
 from tercet.engine.demo.show import show_results
-from tercet.engine.demo.tiny import SYSTEM_PROMPT, one_thread, pretrain
+from tercet.engine.demo.tiny import SYSTEM_PROMPT, pretrain
 from tercet.engine.demo.world import World, write_triples
-from tercet.engine.environment import environment
+from tercet.engine.environment import environment, torch_threads
 from tercet.engine.files import replace_text
 from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive
 from tercet.engine.grace.config import GraceConfig, GraceData
@@ -89,7 +89,8 @@ class GraceDemo:
             made.policy.save(folder)
             text = json.dumps({"steps": made.steps, "accuracy": made.accuracy})
             replace_text(facts, text + "\n")
-        return json.loads(facts.read_text(encoding="utf-8"))
+        read = json.loads(facts.read_text(encoding="utf-8"))
+        return {name: float(value) for name, value in read.items()}
 
     def grace_config(self, form: Form) -> GraceConfig:
         """The settings of one GRACE run; what is not named here is the product's default."""
@@ -196,7 +197,7 @@ def run_demo(config: GraceDemoConfig, *, console: Console | None = None) -> Demo
     results = demo.folder / "results.json"
     _claim(demo.folder, config)
     if not results.exists():
-        with one_thread(), _no_progress_bars():
+        with torch_threads(1), _no_progress_bars():
             found = _run_stages(demo, console)
         replace_text(results, json.dumps(asdict(found), indent=2) + "\n")
     else:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tercet.engine.demo.config import PretrainConfig
 from tercet.engine.demo.world import World
+from tercet.engine.environment import torch_threads
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.model import Policy
 from tercet.engine.records import Packed, pack
@@ -106,7 +106,7 @@ class _Batch:
     packed: Packed  # loss_mask: text, header and rationale
     role: Int[Tensor, " m"]  # of each loss_mask token: 1 text, 2 rationale, 0 neither
     first_name: Int[Tensor, " k"]  # index in 0..m-1 of the first name word of a rationale
-    topics: Int[Tensor, " k"]
+    topics: Int[Tensor, " rows"]
 
 
 class Pretrainer:
@@ -192,18 +192,7 @@ class Pretrainer:
         return right.float().mean().item()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Runs torch on one thread within: a model this small waits for a second one, not for work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
+@torch_threads(1)  # a model this small waits for a second one, not for work
 def pretrain(
     world: World,
     config: PretrainConfig,

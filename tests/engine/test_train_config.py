@@ -55,6 +55,7 @@ def test_warm_up_longer_than_the_run():
         ("epsilon_high", 0.0),
         ("delta", 1.0),
         ("save_total_limit", 0),
+        ("num_threads", 0),
     ],
 )
 def test_values_that_cannot_be(setting, value):

@@ -349,6 +349,24 @@ def test_logging_steps_thin_the_samples_but_not_the_metrics(policy, tmp_path, ca
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
 
 
+@pytest.mark.parametrize("threads", [1, 2, None])
+def test_threads_are_as_set_and_given_back(policy, tmp_path, threads):
+    class Counts(LikesOneToken):
+        def rewards(self, rollouts):
+            seen.append(torch.get_num_threads())
+            return super().rewards(rollouts)
+
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        make_trainer(policy, Counts(), tmp_path, num_threads=threads).train()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {threads or 3}
+
+
 def test_a_finished_run_is_not_trained_again(policy, tmp_path):
     trainer = make_trainer(policy, LikesOneToken(), tmp_path, max_steps=2)
     final = trainer.train()

@@ -12,7 +12,6 @@ from tercet.engine.demo.tiny import (
     Pretrainer,
     build_policy,
     build_tokenizer,
-    one_thread,
     pretrain,
 )
 from tercet.engine.demo.world import TOPICS, World
@@ -113,14 +112,3 @@ def test_accuracy_out_of_reach_is_an_error(world):
         pretrain(world, PretrainConfig(max_steps=3))
     with pytest.raises(ValueError, match=r"accuracy must be in \(0, 1\), got 1\.5"):
         PretrainConfig(accuracy=1.5)
-
-
-def test_one_thread_gives_the_threads_back():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with one_thread():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
