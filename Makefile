@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CSRC_BUILD := build/csrc
-GPU_BENCHES := masked_mean contrastive_reward token_logp linear_logp policy_head packed_forward
+GPU_BENCHES := masked_mean contrastive_reward info_nce token_logp linear_logp policy_head packed_forward
 CPU_BENCHES := $(GPU_BENCHES) grace_step
 
 .PHONY: help demo test test-csrc mutation lint bench evidence gpu clean

@@ -18,7 +18,7 @@ from typing import Any
 import harness
 import table
 
-OPS = ("masked_mean", "contrastive_reward", "token_logp", "linear_logp", "policy_head")
+OPS = ("masked_mean", "contrastive_reward", "info_nce", "token_logp", "linear_logp", "policy_head")
 
 
 def lines_of(bench: str) -> Iterator[dict[str, Any]]:

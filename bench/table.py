@@ -17,8 +17,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 OPS = (
-    "masked_mean", "segment_mean", "contrastive_reward", "info_nce", "token_logp", "linear_logp",
-    "policy_head", "packed_forward", "grace_step",
+    "masked_mean", "segment_mean", "contrastive_reward", "info_nce", "similarity_stats",
+    "token_logp", "linear_logp", "policy_head", "packed_forward", "grace_step",
 )  # fmt: skip
 README_CASES = (  # op, and what the name of a case holds
     ("masked_mean", "fwd+bwd, 64%"),

@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parents[1] / "bench"  # of the checkout that this is an 
 OPS = {
     "masked_mean": "masked_mean and segment_mean",
     "contrastive_reward": "the reward matrix of GRACE",
+    "info_nce": "the contrastive loss, and statistics of its similarities",
     "token_logp": "log-probs and entropy from logits",
     "linear_logp": "the same from hidden states and the LM head",
     "policy_head": "the policy loss inside the LM head",

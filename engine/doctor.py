@@ -13,6 +13,8 @@ OPS = (
     "masked_mean",
     "segment_mean",
     "contrastive_reward",
+    "info_nce",
+    "similarity_stats",
     "token_logp",
     "linear_logp",
     "policy_head",
