@@ -164,7 +164,6 @@ def _forward(head: lt.Head, query: rs.Query, tiles: lt.Tiles, options: _Options)
                 first_column=columns.start, entropy=options.entropy,
                 work=work, scratch=tiles.buffer(1, rows, columns) if scratch else None,
             )  # fmt: skip
-        del chunk  # which would live beside the next one
     if options.impl == "torch":
         rs.close(whole, query)
     if options.shards:
@@ -280,7 +279,7 @@ class _Backward(NamedTuple):
                 del tile
             if need_weight and blocks and weight.dtype != wide:
                 d_weight[columns] = d_chunk
-            del chunk, d_chunk
+            del chunk, d_chunk  # which would live beside the next ones
         if need_weight and not blocks:
             d_weight = torch.zeros_like(weight)
         return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)

@@ -453,7 +453,8 @@ def test_backward_in_a_bare_thread(impl, device):
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_registration(impl, entropy, device):
-    (hidden, weight, bias), targets = problem((2, 3), 11, device=device)
+    dtype = torch.bfloat16 if entropy else torch.float32
+    (hidden, weight, bias), targets = problem((2, 3), 11, device=device, dtype=dtype)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     temperature = torch.rand(2, 3, device=device) + 0.5
     softcap = 5.0 if entropy else None

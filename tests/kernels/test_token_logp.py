@@ -513,6 +513,23 @@ def test_temperature_stays_float32_in_a_compiled_graph(impl, device):
     assert not any(isinstance(arg, float) for arg in call.args)
 
 
+def test_a_compiled_graph_plans_its_memory_itself(impl, device):
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def fn(x, targets):
+        return token_logp(x * 2, targets, inplace_backward=True, impl=impl).logp
+
+    x = torch.randn(2, 8, device=device, requires_grad=True)
+    targets = torch.zeros(2, dtype=torch.long, device=device)
+    torch.compile(fn, fullgraph=True, backend=keep)(x, targets)
+    call = next(node for node in graphs[0].graph.nodes if "token_logp" in str(node.target))
+    assert call.args[-1] is False
+
+
 def test_offsets_beyond_32_bits(impl, device):
     stride = 2**30 + 8  # elements; row 2 begins behind 2^31
     if device.type == "cuda":

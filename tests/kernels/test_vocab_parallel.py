@@ -71,6 +71,12 @@ def _far_apart() -> Problem:
     return problem._replace(targets=problem.targets % (VOCAB - CUT) + CUT)
 
 
+def _peaked() -> Problem:
+    problem = _problem()
+    problem.bias[CUT + 5] = 28.0
+    return problem._replace(targets=torch.full((ROWS,), CUT + 5))
+
+
 def _dead_rows() -> Problem:
     problem = _problem(budget=30)
     dead = torch.rand(ROWS) < 0.5
@@ -97,6 +103,7 @@ PROBLEMS = {
     "masked vocabulary": _masked_vocabulary_beside_the_cut,
     "ties": _ties,
     "far apart": _far_apart,
+    "peaked": _peaked,
     "dead rows": _dead_rows,
     "all dead": _all_dead,
 }
@@ -261,6 +268,17 @@ def test_target_far_above_the_other_shard_keeps_its_precision(ranks, impl):
     )  # fmt: skip
     expected = torch.cat([alone.logp, alone.entropy])
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_peaked_softmax_keeps_relative_precision(ranks, impl):
+    """The likeliest token is on one rank, what is left of the probability on both."""
+    problem = make("peaked")
+    y = whole(ranks, ("peaked", impl))[0]
+    logits = problem.hidden.double() @ problem.weight.double().T + problem.bias.double()
+    logits[:, CUT + 5], top = -torch.inf, logits[:, CUT + 5].clone()
+    rest = (logits - top[:, None]).exp().sum(1)
+    assert float((y[:ROWS].double() / -rest.log1p() - 1).abs().max()) < 1e-4
 
 
 def test_frozen_hidden(ranks):
