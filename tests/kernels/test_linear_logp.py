@@ -84,6 +84,7 @@ def test_plan_fills_the_budget(impl, device):
         assert 0 < plan.kept == spare // 4000
         plan = tiles.make_plan(16, tall, 4, count, parts, 20)
         assert (count * 16 + parts * 4096) * plan.width * 4 <= 20 * 2**20
+    assert tiles.make_plan(9000, tall, 4, 1, 0, 20).width % 64 == 0
     assert tiles.make_plan(10, weight, 4, 1, 0, 20).kept == 10
     assert tiles.make_plan(4096, torch.empty(2**24, 8, device="meta"), 4, 1, 0, 1).kept == 0
     assert impl in ("triton", "torch", "auto")
@@ -338,7 +339,7 @@ def test_auto_runs_compiled_rows_on_a_cpu(impl, device, monkeypatch, small_tiles
     assert set(calls) == ({"forward", "backward"} if runs else set())
 
 
-def test_forward_alone_keeps_nothing(impl, device):
+def test_forward_alone_keeps_nothing(impl, device, monkeypatch):
     inputs, targets = problem(20, 300, device=device)
     op = torch.ops.tercet.linear_logp
     temperature = torch.ones((), device=device)
@@ -346,9 +347,15 @@ def test_forward_alone_keeps_nothing(impl, device):
         options = [False, save, 8, choose_rows("test", impl, inputs[0]), 1.0, None, "", 0]
         kept = op(*inputs, targets, temperature, *options)[3]
         assert kept.shape == (rows, 300)
+    seen, made = [], tiles.Tiles
+    monkeypatch.setattr(
+        tiles, "Tiles", lambda plan, *a: (seen.append(plan.kept), made(plan, *a))[1]
+    )
     leaf = inputs[0].requires_grad_()
+    linear_logp(leaf, *inputs[1:2], targets, impl=impl)
     with torch.no_grad():
         out = linear_logp(leaf, *inputs[1:2], targets, impl=impl)
+    assert seen == [20, 0]
     assert not out.logp.requires_grad
 
 
