@@ -14,7 +14,7 @@ from torch import Tensor
 from tercet.kernels import _similarity_triton as fused
 from tercet.kernels.reference import NORM_EPS, accumulator_dtype
 
-CPU_TILE = 1 << 22  # products in memory at once
+CPU_TILE = 1 << 21  # products in memory at once
 CUDA_TILE = 1 << 26
 NUM_MARKS = 5
 HALF_TOP = 2.0**14  # largest weight of a float16 product; float16 ends at 2^16

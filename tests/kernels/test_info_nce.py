@@ -150,12 +150,15 @@ def test_tiles_do_not_show(impl, kind, symmetric, tile, device, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", tile)
     monkeypatch.setattr(tiled, "CUDA_TILE", tile)
     ids = torch.arange(11, device=device) // 2
+    inputs = batch(11, 6, kind, device=device)
+    marked = None if kind is None else torch.randint(0, 6, inputs[2].shape[:-1], device=device)
     for reduction in ("mean", "none"):
         judge(
             impl,
-            batch(11, 6, kind, device=device),
+            inputs,
             symmetric=symmetric,
             ids=ids,
+            negative_ids=marked,
             false_negative_margin=0.5,
             reduction=reduction,
         )
