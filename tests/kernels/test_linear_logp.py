@@ -84,7 +84,8 @@ def test_plan_fills_the_budget(impl, device):
         assert 0 < plan.kept == spare // 4000
         plan = tiles.make_plan(16, tall, 4, count, parts, 20)
         assert (count * 16 + parts * 4096) * plan.width * 4 <= 20 * 2**20
-    assert tiles.make_plan(9000, tall, 4, 1, 0, 20).width % 64 == 0
+    assert tiles.make_plan(1000, tall, 4, 1, 0, 20).width == 2048  # of 2097 that fit
+    assert tiles.make_plan(10, torch.empty(8, 2**20, device="meta"), 4, 1, 2, 1).kept == 0
     assert tiles.make_plan(10, weight, 4, 1, 0, 20).kept == 10
     assert tiles.make_plan(4096, torch.empty(2**24, 8, device="meta"), 4, 1, 0, 1).kept == 0
     assert impl in ("triton", "torch", "auto")
