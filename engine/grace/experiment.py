@@ -20,7 +20,7 @@ from typing import Any
 from tercet.engine.command_line import load_config
 from tercet.engine.config import ConfigError, changes, to_yaml
 from tercet.engine.data import read_rows
-from tercet.engine.files import replace_text
+from tercet.engine.files import replace_text, sha256
 from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive
 from tercet.engine.grace.config import GraceConfig, GraceData
 from tercet.engine.grace.data import Example
@@ -309,7 +309,7 @@ def run(config: ExperimentConfig, say: Callable[[str], None]) -> str:
     """Runs all seeds; writes results.json and table.md.  Returns the table.
 
     Raises:
-        ConfigError: output_dir holds the experiment with other settings.
+        ConfigError: output_dir holds the experiment with other settings, or on other data.
         FileNotFoundError, ValueError, RuntimeError: as `read_pairs`, `fit` and `train`.
     """
     folder = Path(config.output_dir)
@@ -339,15 +339,15 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _claim(folder: Path, config: ExperimentConfig) -> None:
-    """Writes config.yaml, or compares with the one that is there."""
+    """Writes config.yaml, or compares with the one that is there; data is known by its content."""
     path = folder / "config.yaml"
-    settings = replace(config, seeds=[0], data="", output_dir="")
+    settings = replace(config, seeds=[0], data=f"sha256:{sha256(config.data)}", output_dir="")
     if not path.exists():
         check_run_folder(folder)
     elif changed := changes(path, settings):
         raise ConfigError(
-            f"experiment: output_dir must be new or hold this experiment, got other settings in "
-            f"{path} ({', '.join(changed)}); choose another output_dir"
+            "experiment: output_dir must be new or hold this experiment, got other settings or "
+            f"data in {path} ({', '.join(changed)}); choose another output_dir, or restore them"
         )
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(path, to_yaml(settings))

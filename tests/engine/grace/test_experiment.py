@@ -142,11 +142,29 @@ def test_other_settings_are_not_mixed_into_one_folder(config):
     folder = Path(config.output_dir)
     _claim(folder, config)
     _claim(folder, replace(config, seeds=[0, 1]))
-    with pytest.raises(ConfigError, match=r"got other settings in .* \(num_train \d+ -> 11\);"):
+    with pytest.raises(ConfigError, match=r"got other settings or .* \(num_train \d+ -> 11\);"):
         _claim(folder, replace(config, num_train=11))
     (folder / "config.yaml").rename(folder / "notes.yaml")
     with pytest.raises(FileExistsError, match=r"got other files in .*notes\.yaml"):
         _claim(folder, config)
+
+
+def test_other_data_are_not_mixed_into_one_folder(config, tmp_path):
+    from dataclasses import replace
+    from pathlib import Path
+
+    from tercet.engine.grace.experiment import _claim
+
+    folder, data = Path(config.output_dir), Path(config.data)
+    _claim(folder, config)
+    moved = data.rename(tmp_path / "moved.jsonl")
+    _claim(folder, replace(config, data=str(moved)))
+    lines = moved.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[::-1]))
+    message = r"got other settings or data in .*config\.yaml \(data 'sha256:.* restore them$"
+    with pytest.raises(ConfigError, match=message):
+        run(config, print)
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
 def test_seeds_and_methods_are_checked(config, data):
