@@ -91,6 +91,19 @@ def test_plan_fills_the_budget(impl, device):
     assert impl in ("triton", "torch", "auto")
 
 
+def test_blocks_of_live_rows(impl, device):
+    made = tiles.Tiles(tiles.Plan(16, 64, 32), 0, torch.zeros(32, 64, device=device))
+    live = torch.ones(40, dtype=torch.bool, device=device)
+    index, blocks = tiles.live_blocks(live, made)
+    assert index is None  # nothing to copy
+    assert [block.source for block in blocks] == [slice(0, 16), slice(16, 32), None]
+    live[16:32] = False
+    index, blocks = tiles.live_blocks(live, made)
+    assert index.tolist() == [*range(16), *range(32, 40)]
+    assert blocks == [(slice(0, 16), slice(0, 16), None), (slice(16, 24), None, None)]
+    assert impl in ("triton", "torch", "auto")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes(impl, dtype, device, judge, small_tiles):
     impl = "torch" if dtype == torch.float64 and impl == "triton" else impl
