@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tercet.engine.records import Request, Rewards, Rollouts
 
@@ -20,6 +21,33 @@ class NonFiniteError(RuntimeError):
     def __init__(self, what: str, rows: Sequence[int]) -> None:
         super().__init__(f"{what} must be finite, got NaN or infinity in rows {list(rows)[:20]}")
         self.rows = list(rows)
+
+
+class NonFiniteWeightsError(NonFiniteError):
+    """The weights themselves are spoilt; only what was saved before is of use."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        RuntimeError.__init__(
+            self,
+            "weights after the update must be finite, got NaN or infinity in "
+            f"{len(names)} parameters, first {names[0]}; nothing was saved over: lower "
+            "learning_rate or weight_decay and resume from the last checkpoint, or start over",
+        )
+        self.rows = []
+
+
+def non_finite_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity."""
+    named = [(name, x.detach()) for name, x in model.named_parameters() if x.numel()]
+    bounds = [torch.stack(x.aminmax()).isfinite().all() for _, x in named]
+    good = torch.stack([bound.cpu() for bound in bounds]).tolist() if bounds else []
+    return [name for (name, _), fine in zip(named, good, strict=True) if not fine]
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises NonFiniteWeightsError after an update that overflowed, before it can be saved."""
+    if names := non_finite_weights(model):
+        raise NonFiniteWeightsError(names)
 
 
 def check_requests(requests: Sequence[Request]) -> None:

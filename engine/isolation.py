@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tercet.engine.attention import HALF, NAME
+from tercet.engine.guards import non_finite_weights
 from tercet.engine.records import Packed, pack
 
 # Largest accepted error of packed rows against separate forwards, relative to the token's norm.
@@ -85,12 +86,7 @@ def isolation_error(
 
 
 def _check_weights(model: PreTrainedModel) -> None:
-    bad = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax())
-    ]
-    if bad:
+    if bad := non_finite_weights(model):
         raise RuntimeError(
             f"Policy: weights of {type(model).__name__} must be finite, got NaN or infinity in "
             f"{len(bad)} of its parameters, first {bad[0]}; take another checkpoint, "

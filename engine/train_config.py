@@ -61,7 +61,9 @@ class TrainConfig:
             _check(name, getattr(self, name), "be >= 1", getattr(self, name) >= 1)
         for name in ("warmup_steps", "eval_steps", "save_steps", "seed"):
             _check(name, getattr(self, name), "be >= 0", getattr(self, name) >= 0)
-        for name in ("learning_rate", "weight_decay", "beta", "entropy_coef"):
+        for name in ("learning_rate", "weight_decay"):  # torch wants a float32 of them
+            _check(name, getattr(self, name), "be in [0, 1e30]", 0 <= getattr(self, name) <= 1e30)
+        for name in ("beta", "entropy_coef"):
             value = getattr(self, name)
             _check(name, value, "be finite and >= 0", math.isfinite(value) and value >= 0)
         for name in ("adam_beta1", "adam_beta2"):

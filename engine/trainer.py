@@ -21,6 +21,7 @@ from tercet.engine.environment import torch_threads
 from tercet.engine.files import replace_text
 from tercet.engine.guards import (
     NonFiniteError,
+    NonFiniteWeightsError,
     check_completions,
     check_embeddings,
     check_requests,
@@ -46,6 +47,8 @@ from tercet.engine.update import Batch, optimise
 from tercet.kernels._typing import Float
 
 __all__ = ["System", "TrainConfig", "Trainer"]
+
+NOT_MADE = "; the update was not made and nothing was saved over"
 
 
 @runtime_checkable
@@ -121,7 +124,8 @@ class Trainer:
 
         Raises:
             RuntimeError: NaN or infinity; the step's samples are in samples.jsonl, the account of
-                it in nan_step.json, and the update that hit it has not touched the weights.
+                it in nan_step.json.  The update that hit it has not touched the weights, or is
+                the one that spoilt them; no checkpoint holds it.
         """
         with torch_threads(self.config.num_threads):
             return self._train()
@@ -326,8 +330,9 @@ class Trainer:
         bad = error.rows if isinstance(error, NonFiniteError) else []
         account = {"step": step, "what": str(error), "rows": bad, "samples": rows}
         replace_text(path, json.dumps(account, indent=2) + "\n")
+        done = "" if isinstance(error, NonFiniteWeightsError) else NOT_MADE
         return RuntimeError(
-            f"Trainer: step {step}: {error}; the update was not made and nothing was saved over; "
+            f"Trainer: step {step}: {error}{done}; "
             f"see {path} and {self.log.folder / 'samples.jsonl'}"
         )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tercet.engine.guards import NonFiniteError
+from tercet.engine.guards import NonFiniteError, check_weights
 from tercet.engine.model import Policy
 from tercet.engine.records import Completion, Request
 from tercet.engine.scoring import Logps, micro_batches, score_completions
@@ -66,6 +66,7 @@ def optimise(
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; the weights are untouched.
+        NonFiniteWeightsError: the update made the weights so; they are spoilt.
     """
     tokens = int(batch.lengths()[batch.counted].sum())  # T
     every_row = config.beta > 0 or config.entropy_coef > 0
@@ -90,6 +91,7 @@ def optimise(
         raise NonFiniteError(f"{'loss' if bad else 'gradient norm'} of rollouts", bad or batch.row)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    check_weights(policy.model)
     num_scored = int(batch.lengths().sum())
     means = {
         key: float(value) / (1 if key.endswith("_max") else num_scored)

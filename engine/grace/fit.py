@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from tercet.engine.checkpoint import load_latest, save_checkpoint
+from tercet.engine.guards import NonFiniteWeightsError, non_finite_weights
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.train_config import Schedule, TrainConfig
@@ -88,8 +89,8 @@ def fit(
         The metrics of the last step.
 
     Raises:
-        RuntimeError: the loss or its gradient is not finite; the weights are those of the step
-            before, and nothing was saved over.
+        RuntimeError: the loss or its gradient is not finite (the weights are those of the step
+            before), or the update made the weights so; nothing was saved over.
     """
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
@@ -158,6 +159,8 @@ def _step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if bad := non_finite_weights(policy.model):
+        raise RuntimeError(f"fit: step {step}: {NonFiniteWeightsError(bad)}")
     seconds = time.perf_counter() - started
     return {**metrics, "grad_norm": norm, "learning_rate": rate, "time/step_s": seconds}
 

@@ -378,3 +378,28 @@ def test_a_finished_run_is_not_trained_again(policy, tmp_path):
     )
     assert again.train() == final
     assert all(map(torch.equal, done, weights(policy)))
+
+
+@pytest.mark.parametrize(("rate", "decay"), [(1e20, 1e30), (1e30, 1e10)])
+def test_weights_that_overflow_leave_the_last_good_checkpoint(
+    make_tiny_model, tmp_path, rate, decay
+):
+    good = {"save_steps": 1, "save_total_limit": 1, "num_iterations": 2}
+    trainer = make_trainer(Policy(make_tiny_model("qwen3")), LikesOneToken(), tmp_path, **good)
+    trainer.train()
+    trainer.log.close()
+    before = (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes()
+
+    def go_on(**changes):
+        config = TrainConfig(**{"learning_rate": 1e-2, "max_steps": 2, **good, **changes})
+        policy = Policy(make_tiny_model("qwen3"))
+        return toy["make_trainer"](policy, LikesOneToken(), config, tmp_path, resume=True)
+
+    spoilt = go_on(learning_rate=rate, weight_decay=decay)
+    with pytest.raises(RuntimeError, match=r"step 2: weights after .* lower learning_rate or wei"):
+        spoilt.train()
+    spoilt.log.close()
+    assert json.loads((tmp_path / "nan_step.json").read_text())["step"] == 2
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "checkpoint-2").exists()
+    assert go_on().train()["grad_norm"] > 0

@@ -138,3 +138,16 @@ def test_bad_settings_are_named(tokenizer):
         RationaleModelling(
             build_policy(tokenizer, SIZES), [("one", "two")], prompt, PretrainConfig()
         )
+
+
+def test_weights_that_overflow_are_not_saved(tokenizer, tmp_path):
+    config = FitConfig(max_steps=1, learning_rate=1e20, weight_decay=1e30)
+    modelling = objective(tokenizer, fit=config)
+    with (
+        RunLog.create(tmp_path, config, total_steps=1) as log,
+        pytest.raises(
+            RuntimeError, match=r"^fit: step 1: weights after the update must be finite, got"
+        ),
+    ):
+        fit(modelling.policy, modelling, config, log)
+    assert not list(tmp_path.glob("checkpoint-*"))
