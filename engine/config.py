@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses, filled from a YAML file and, in command_line.py, from options.
 
 A YAML file is validated strictly: an unknown key is an error that names the nearest known one, and
-so is a key that is there twice.
+so is a key that is there twice, or an alias (a few lines of them can stand for billions of values).
 """
 
 from __future__ import annotations
@@ -48,10 +48,19 @@ def _reject_unknown(cls: type, data: dict, where: str, prefix: str) -> None:
 
 
 def _yaml_loader(path: str | Path) -> type:
-    """PyYAML's safe loader, but 1e-6 is a number as in YAML 1.2, and a key stands once."""
+    """PyYAML's safe loader, but 1e-6 is a number as in YAML 1.2, a key stands once, no aliases."""
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                alias = self.peek_event()
+                raise ConfigError(
+                    f"read_yaml: settings must have no aliases, got '*{alias.anchor}' at "
+                    f"{path}:{alias.start_mark.line + 1}; write the value out"
+                )
+            return super().compose_node(parent, index)
+
         def compose_mapping_node(self, anchor):
             node = super().compose_mapping_node(anchor)
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -75,8 +84,8 @@ def read_yaml(path: str | Path, cls: type[ConfigT]) -> ConfigT:
     """The settings in a YAML file; keys that the file leaves out keep their defaults.
 
     Raises:
-        ConfigError: not readable, not a mapping, an unknown key, one that stands twice, a value of
-            the wrong kind, or a required key that is not there.
+        ConfigError: as `read_mapping`; an unknown key, a value of the wrong kind, or a required key
+            that is not there.
     """
     return read_record(cls, read_mapping(path), f"read_yaml: {path}")
 
@@ -104,7 +113,7 @@ def read_mapping(path: str | Path) -> dict:
     """What a YAML file holds; {} for an empty one.
 
     Raises:
-        ConfigError: not readable, not a mapping, or a key that stands twice.
+        ConfigError: not readable, not a mapping, a key that stands twice, or an alias.
     """
     import yaml
 

@@ -74,7 +74,7 @@ def test_changes_name_each_key_with_both_values(yaml_file):
         ("a: b: c", "must be a readable YAML file"),
         ("data: !!python/object/apply:os.getcwd []", "must be a readable YAML file"),
         ("mode: x", "'data'"),
-        ("data: &a {x: *a}", "data: .*"),
+        ("data: a\nmode: &a {x: *a}", r"must have no aliases, got '\*a' at .*c\.yaml:2; write"),
         ("data: " + "[" * 3000, "must be a readable YAML file"),
         (
             "data: a\nseed: 1\ndata: b",
@@ -94,13 +94,20 @@ def test_a_bad_file_is_named_with_its_remedy(yaml_file, text, message):
 
 def test_a_key_may_stand_again_elsewhere_and_over_a_merged_one(yaml_file):
     path = yaml_file(
-        "outer: &o {data: a, train: {max_steps: 3}}\n"
-        "other: {<<: *o, data: b, train: {max_steps: 3}}"
+        "outer: {data: a, train: {max_steps: 3}}\n"
+        "other: {<<: {data: a, train: {max_steps: 2}}, data: b, train: {max_steps: 3}}"
     )
     assert read_mapping(path) == {
         "outer": {"data": "a", "train": {"max_steps": 3}},
         "other": {"data": "b", "train": {"max_steps": 3}},
     }
+
+
+def test_aliases_of_aliases_are_refused_before_they_are_written_out(yaml_file):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    with pytest.raises(ConfigError, match=r"no aliases, got '\*a0' at .*c\.yaml:2; write"):
+        read_mapping(yaml_file("\n".join(lines)))
 
 
 def test_a_missing_file_is_named():
