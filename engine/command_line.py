@@ -109,6 +109,8 @@ def _spelt(word: str) -> str:
 
 def _unknown(word: str, options: Sequence[str], beside: Sequence[str]) -> str:
     word, known = word.partition("=")[0], [*options, *beside, "--config", "--help"]
+    if word in (*beside, "--help"):
+        return f"{word} must stand alone (it is a flag), got '=' behind it"
     return f"unknown option {word!r}; the nearest known one is {nearest(word, known)!r}"
 
 

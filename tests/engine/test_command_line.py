@@ -96,6 +96,7 @@ WRONG = {
     "extra": "a value must stand behind its option, got 'extra'",
     "--seed 1 2": "a value must stand behind its option, got '2'",
     "--train.bf16 yes": "--train.bf16 must stand alone (it is a flag), got 'yes' behind it",
+    "--resume=1": "--resume must stand alone (it is a flag), got '=' behind it",
     "--train.bf16=yes": "--train.bf16 must stand alone (it is a flag), got 'yes' behind it",
 }
 
