@@ -22,7 +22,7 @@ from tercet.engine.files import checkpoints
 
 log = logging.getLogger(__name__)
 
-# What transformers raises for damaged or contradictory files, beside OSErrors that name the file.
+# What transformers raises for damaged or contradictory files, beside OSErrors.
 UNLOADABLE = (
     ArithmeticError,
     AttributeError,
@@ -136,6 +136,13 @@ class _Loading:
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
         # tokenizers raises Exception itself, no subclass, for a tokenizer.json that it cannot use
+        if isinstance(error, OSError):
+            place = "folder" if Path(self.source).is_dir() else "hub id"
+            raise OSError(
+                f"Policy.from_pretrained: {self.source} must be a {place} with a readable "
+                f"{self.what}, got {_first_line(error)}; check {self.files}"
+                + ("" if place == "folder" else ", the name and the network, or name a folder")
+            ) from error
         if error is not None and (isinstance(error, UNLOADABLE) or kind is Exception):
             raise ValueError(
                 f"Policy.from_pretrained: {self.source} must hold a loadable {self.what}, got "
@@ -150,6 +157,8 @@ def _check_device(device: torch.device | str) -> None:
         device = torch.device(device)
     except RuntimeError as error:  # lists every kind of device there is
         raise ValueError(f"{must} {device!r}; name one of them") from error
+    if device.type == "meta":
+        raise ValueError(f"{must} {str(device)!r}, which holds no values; name one of them")
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, ImportError) as error:

@@ -77,7 +77,7 @@ def test_a_contradictory_config_is_named(copy, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("device", ["foo", "cuda:x", "", "cuda:99"])
+@pytest.mark.parametrize("device", ["foo", "cuda:x", "", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_named_before_anything_is_read(device, tmp_path):
     message = r"^Policy\.from_pretrained: device must be one that torch can use here \(\['cpu'"
     with pytest.raises(ValueError, match=message) as caught:
@@ -128,6 +128,24 @@ def test_what_is_no_model_fails_before_the_hub_is_asked(tmp_path, monkeypatch):
     for name in ("Qwen/Qwen3-0.6B", "gpt2"):
         with pytest.raises(AssertionError, match="the hub was asked"):
             Policy.from_pretrained(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        OSError, match=r"^Policy\.from_pretrained: some/model must be a hub"
+    ) as caught:
+        Policy.from_pretrained("some/model")
+    assert str(caught.value).endswith("the name and the network, or name a folder")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_weights_is_one_line(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model must be a folder with a readable model") as caught:
+        Policy.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("no_network")
