@@ -51,9 +51,10 @@ def read_rows(
     if not path.exists():
         raise FileNotFoundError(f"read_rows: the data file must exist, got {path}; check the path")
     if not path.is_file():
-        raise ValueError(
-            f"read_rows: path must be a file, got the folder {path}; name one file in it"
-        )
+        got = f"the folder {path}; name one file in it"
+        if not path.is_dir():
+            got = f"the device or pipe {path}; write its rows into a file"
+        raise ValueError(f"read_rows: path must be a file, got {got}")
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"read_rows: the file name must end in {', '.join(SUFFIXES)}, got {path}; "
@@ -138,8 +139,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
                 for values in batch.to_pylist():
                     row += 1
                     yield row, values
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"read_rows: the file must be Parquet, got {error} at {path}") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        what = " ".join(str(error).split())  # damaged files are told in several lines
+        raise ValueError(
+            f"read_rows: the file must be readable Parquet, got {what} at {path}; write it again"
+        ) from error
 
 
 def _renamed(row: dict[str, object], columns: Mapping[str, str], where: str) -> dict[str, object]:

@@ -85,7 +85,29 @@ def test_bad_path_is_named(tmp_path):
         read_rows(tmp_path)
     with pytest.raises(ValueError, match=r"^read_rows: the file name must end in .*a\.csv"):
         read_rows(write(tmp_path / "a.csv", "text\na\n"))
-    with pytest.raises(ValueError, match=r"^read_rows: the file must be Parquet, got .*a\.parquet"):
+    with pytest.raises(ValueError, match=r"^read_rows: .* readable Parquet, got .*a\.parquet"):
         read_rows(write(tmp_path / "a.parquet", "no parquet"))
+    with pytest.raises(ValueError, match=r"^read_rows: path must be a file, got the device"):
+        read_rows("/dev/null")
     with pytest.raises(ValueError, match=r"'question' \(as 'query'\) must be there, .*a\.jsonl:1"):
         read_rows(write(tmp_path / "a.jsonl", '{"q": "a"}\n'), ["query"], {"query": "question"})
+
+
+def damaged(path):
+    data = path.read_bytes()
+    path.write_bytes(b"PAR1" + b"\xff" * (len(data) - 12) + data[-8:])
+
+
+def not_utf8(path):
+    table = pyarrow.table({"text": pyarrow.array([b"\xff"]).view(pyarrow.string())})
+    pyarrow.parquet.write_table(table, path)
+
+
+@pytest.mark.parametrize("change", [damaged, not_utf8])
+def test_a_damaged_parquet_file_is_one_line_with_its_name(tmp_path, change):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), path)
+    change(path)
+    with pytest.raises(ValueError, match=r"readable Parquet, got .*a\.parquet; write it") as caught:
+        read_rows(path)
+    assert "\n" not in str(caught.value)
