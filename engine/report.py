@@ -117,15 +117,63 @@ class Run:
 
 
 LARGEST = 1e30  # a metric beyond it cannot be drawn
+LARGEST_STEP = 2**53  # nor a step beyond it; JSON's integers have no end
 
 
 def _step(record: dict, where: Path) -> int:
     step = record.get("step", 0)
-    if not isinstance(step, int):
+    if not isinstance(step, int) or abs(step) > LARGEST_STEP:
         raise ValueError(
-            f"report: the step of a record must be an integer, got {step!r} in {where}"
+            f"report: the step of a record must be an integer, got {_cut(step)} in {where}; "
+            "give it one within 2**53, or delete the line"
         )
     return step
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _drawable(text: str) -> str:
+    """The text with "?" for halves of surrogate pairs, which no font can draw."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read(path: Path) -> str:
+    """The text of a file that may be absent, then empty."""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"report: {path} must be UTF-8, got {error}; restore or delete it"
+        ) from error
+
+
+def _rows(path: Path) -> list[dict]:
+    try:
+        return read_jsonl(path)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"report: {path} must hold one JSON object per line in UTF-8, got {error}; "
+            "restore or delete it"
+        ) from error
+
+
+def _read_env(path: Path) -> dict:
+    text = _read(path)
+    try:
+        env = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"report: {path} must be a JSON object, got {_cut(text)} ({error}); "
+            "restore or delete it"
+        ) from error
+    if not isinstance(env, dict):
+        raise ValueError(
+            f"report: {path} must be a JSON object, got {_cut(text)}; restore or delete it"
+        )
+    return env
 
 
 def load_run(folder: Path) -> Run:
@@ -133,25 +181,25 @@ def load_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: no metrics.jsonl in it.
-        ValueError: a record that is not an object, or whose step is not an integer.
+        ValueError: a file that is not UTF-8, a record (or env.json) that is not an object, or a
+            record whose step is not an integer.
     """
     if not (folder / "metrics.jsonl").exists():
         raise FileNotFoundError(
             f"report: {folder} must be a run folder, got no metrics.jsonl in it"
         )
     metrics: dict[str, Series] = {}
-    for record in read_jsonl(folder / "metrics.jsonl"):
+    for record in _rows(folder / "metrics.jsonl"):
         for key, value in record.items():
             if key != "step" and is_number(value) and abs(value) < LARGEST:
-                metrics.setdefault(key, {})[_step(record, folder)] = float(value)
-    config, env = folder / "config.yaml", folder / "env.json"
+                metrics.setdefault(_drawable(key), {})[_step(record, folder)] = float(value)
     return Run(
-        name=folder.name,
+        name=_drawable(folder.name),
         metrics=metrics,
-        samples=read_jsonl(folder / "samples.jsonl"),
-        events=read_jsonl(folder / "events.jsonl"),
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
-        env=json.loads(env.read_text(encoding="utf-8")) if env.exists() else {},
+        samples=_rows(folder / "samples.jsonl"),
+        events=_rows(folder / "events.jsonl"),
+        config=_read(folder / "config.yaml"),
+        env=_read_env(folder / "env.json"),
     )
 
 
@@ -240,7 +288,7 @@ def is_number(value: object) -> bool:
 
 def cell(value: object) -> str:
     """A table cell; numbers are aligned and shortened."""
-    if is_number(value):
+    if is_number(value) and (isinstance(value, float) or abs(value) < LARGEST):
         return f'<td class="n">{value:.4g}</td>'
     text = str(value)
     return f"<td{' class=t' if len(text) > 24 else ''}>{html.escape(text)}</td>"
@@ -352,20 +400,34 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
         output: default: report.html in the folder, or in the one that holds all folders.
 
     Raises:
-        FileNotFoundError: neither a folder nor a subfolder of it holds a run.
+        FileNotFoundError: neither a folder nor a subfolder of it holds a run; no folder for output.
+        ValueError: as `load_run`; output is there and no file.
     """
+    if output:
+        _check_output(Path(output))
     found = [Path(folder).resolve() for folder in folders]
     paths = list(dict.fromkeys(path for folder in found for path in _run_folders(folder)))
     common = Path(os.path.commonpath(found))
     runs = [load_run(path) for path in paths]
     if len({run.name for run in runs}) < len(runs):  # told apart by their place
         runs = [
-            replace(run, name=path.relative_to(common).as_posix())
+            replace(run, name=_drawable(path.relative_to(common).as_posix()))
             for run, path in zip(runs, paths, strict=True)
         ]
     target = Path(output) if output else Path(os.path.relpath(common)) / "report.html"
     replace_text(target, render(", ".join(folder.name for folder in found), runs))
     return target
+
+
+def _check_output(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"report: the page must go into a folder that exists, got no {path.parent}; make it"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"report: the page must be a file, got {path}, a folder, pipe or device; name a file"
+        )
 
 
 def main(argv: list[str], prog: str) -> int:

@@ -1,6 +1,7 @@
 """The page about a run."""
 
 import json
+import os
 from html.parser import HTMLParser
 
 import pytest
@@ -120,6 +121,49 @@ def test_a_record_that_is_none_is_an_error(tmp_path, line):
     (run / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"must be a(n integer| JSON object), got"):
         write_report(run)
+
+
+BROKEN = {
+    "env.json": [b"{x", b"[1]", b"\xff", b"[" * 100_000],
+    "config.yaml": [b"a: \xff"],
+    "metrics.jsonl": [b"{x\n", b"\xff\n", b"[" * 100_000 + b"\n"],
+    "events.jsonl": [b"\xff\n"],
+    "samples.jsonl": [b"\xff\n", b'{"step": 1' + b"0" * 400 + b"}\n"],
+}
+
+
+@pytest.mark.parametrize(("name", "data"), [(n, d) for n, ds in BROKEN.items() for d in ds])
+def test_a_broken_file_is_one_line_with_its_name(tmp_path, name, data):
+    run = make_run(tmp_path / "run")
+    (run / name).write_bytes(data)
+    with pytest.raises(ValueError, match="must") as caught:
+        write_report(run)
+    told = str(caught.value)
+    assert "run" in told if name == "samples.jsonl" else str(run / name) in told
+    assert "\n" not in told
+    assert len(told) < 500
+
+
+def test_numbers_without_end_and_half_characters_are_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    sample = {"step": 1, "text": "many", "count": 10**400, "ratio": float("inf")}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "reward/\ud800": 1.0, "loss": 10**400}) + "\n")
+    text = " ".join(Page(write_report(run).read_text()).words)
+    assert "1" + "0" * 400 in text
+    assert "inf" in text
+    assert "reward/?" in text or " ? " in text
+
+
+def test_the_page_goes_where_a_file_can(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"exists, got no .*/nowhere; make it$"):
+        write_report(run, output=tmp_path / "nowhere" / "page.html")
+    os.mkfifo(tmp_path / "pipe")  # what /dev/null is to a write: there, and no file
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=r"must be a file, got .*; name a file$"):
+            write_report(run, output=path)
 
 
 def test_metrics_are_explained(tmp_path):
