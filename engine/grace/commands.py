@@ -39,7 +39,15 @@ class EncodeConfig:
 
 
 def encode(argv: Sequence[str], prog: str) -> int:
-    """Encodes a file of texts."""
+    """Encodes a file of texts.
+
+    Raises:
+        ConfigError: as `load_config`.
+        FileExistsError: output_dir is there already.
+        FileNotFoundError, OSError: no such input or model, or one that cannot be read.
+        ValueError: as `read_rows`, `GraceEncoder.from_pretrained` and `GraceEncoder.encode`; a text
+            that is not there or no string.
+    """
     config = load_config(EncodeConfig, argv, prog=prog)
     folder = Path(config.output_dir)
     if folder.exists():
@@ -92,7 +100,14 @@ class EvalConfig:
 
 
 def evaluate(argv: Sequence[str], prog: str) -> int:
-    """Prints one JSON object per mode: rows, retrieval, anisotropy, distinct rationales, loss."""
+    """Prints one JSON object per mode: rows, retrieval, anisotropy, distinct rationales, loss.
+
+    Raises:
+        ConfigError: as `load_config`.
+        FileNotFoundError, OSError: no such data or model, or one that cannot be read.
+        ValueError: as `held_out`, `read_rows`, `GraceEncoder.from_pretrained` and
+            `GraceEncoder.encode`; fewer than two rows to measure; a score that is no finite number.
+    """
     config = load_config(EvalConfig, argv, prog=prog)
 
     from tercet.engine.grace.evaluate import held_out_loss
@@ -190,6 +205,10 @@ def _sts(
 
 
 def _number(value: object, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"eval: column 'score' must be a number, got {value!r} at {where}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) < 1e300:  # NaN is not below it either
+        raise ValueError(
+            f"eval: column 'score' must be a finite number, got {repr(value)[:80]} at {where}; "
+            "correct or delete the row"
+        )
     return float(value)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tercet.engine.cli import main
 from tercet.engine.files import sha256
 from tercet.engine.grace import GraceEncoder
+from tercet.engine.grace.commands import _read_sts
 from tercet.engine.model import Policy
 
 PAIRS = [{"query": f"cat {i}", "positive": f"dog {i}"} for i in range(6)]
@@ -135,3 +136,11 @@ def test_eval_needs_held_out_pairs(checkpoint, tmp_path, capsys):
     argv = ["grace", "eval", "--model", checkpoint, "--data.path", data]
     assert main([*argv, "--data.test-fraction", "0"]) == 1
     assert "at least two held-out rows with a query, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("score", ["1" + "0" * 400, "NaN", "1e999", "true", "null", '"1"'])
+def test_a_score_that_is_no_finite_number_is_named(tmp_path, score):
+    path = tmp_path / "s.jsonl"
+    path.write_text(f'{{"sentence1": "a", "sentence2": "b", "score": {score}}}\n')
+    with pytest.raises(ValueError, match=r"must be a finite number, got .* at .*s\.jsonl:1; corr"):
+        _read_sts(str(path))
