@@ -163,8 +163,27 @@ class Experiment:
         self.results = self.folder / "rows.json"
 
     def rows(self) -> dict[str, dict[str, float]]:
-        """What is known so far: name of the row -> measures."""
-        return json.loads(self.results.read_text()) if self.results.exists() else {}
+        """What is known so far: name of the row -> measures.
+
+        Raises:
+            ValueError: rows.json is not what this class writes.
+        """
+        if not self.results.exists():
+            return {}
+        try:
+            found = json.loads(self.results.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(self._bad_rows(f"not JSON ({error})")) from error
+        known = found.values() if isinstance(found, dict) else [found]
+        if not all(isinstance(row, dict) and _is_row(row) for row in known):
+            raise ValueError(self._bad_rows("something else"))
+        return found
+
+    def _bad_rows(self, got: str) -> str:
+        return (
+            f"experiment: {self.results} must hold numbers per row, recall@1 and recall@10 among "
+            f"them, got {got}; delete it, and the rows are measured again"
+        )
 
     def run(self, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
         """Runs what is missing.  Returns all rows."""
@@ -336,6 +355,11 @@ def main(argv: Sequence[str], prog: str) -> int:
     say(run(config, say))
     say(f"wrote {config.output_dir}/table.md and results.json; each run's folder is beside them")
     return 0
+
+
+def _is_row(row: dict[str, object]) -> bool:
+    measured = {"recall@1", "recall@10"} <= row.keys()
+    return measured and all(isinstance(value, int | float) for value in row.values())
 
 
 def _claim(folder: Path, config: ExperimentConfig) -> None:

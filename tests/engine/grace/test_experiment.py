@@ -7,8 +7,10 @@ import pytest
 from tercet.engine.config import ConfigError
 from tercet.engine.grace.baselines import ContrastiveConfig
 from tercet.engine.grace.experiment import (
+    Experiment,
     ExperimentConfig,
     Generation,
+    Pairs,
     main,
     read_pairs,
     run,
@@ -165,6 +167,18 @@ def test_other_data_are_not_mixed_into_one_folder(config, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run(config, print)
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "\ufeff", "[" * 100_000, "[]", "3", '{"BM25": 3}', '{"BM25": {"recall@1": 0}}']
+)
+def test_finished_rows_that_cannot_be_read_are_named(config, tmp_path, text):
+    folder = tmp_path / "out" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "rows.json").write_text(text)
+    message = r"^experiment: .*seed-0/rows\.json must hold numbers per row, .*; delete it, and"
+    with pytest.raises(ValueError, match=message):
+        Experiment(config, Pairs(train=[], test=[]), 0).rows()
 
 
 def test_seeds_and_methods_are_checked(config, data):
