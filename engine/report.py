@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from tercet.engine.command_line import OneLineParser
 from tercet.engine.files import read_jsonl, replace_text
@@ -281,7 +281,7 @@ def plots_html(runs: Sequence[Run]) -> str:
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a table shows the value as a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

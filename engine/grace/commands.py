@@ -205,8 +205,11 @@ def _sts(
 
 
 def _number(value: object, where: str) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) < 1e300:  # NaN is not below it either
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not abs(value) < 1e300  # NaN is not below it either
+    ):
         raise ValueError(
             f"eval: column 'score' must be a finite number, got {repr(value)[:80]} at {where}; "
             "correct or delete the row"
