@@ -3,8 +3,8 @@
 checkpoint-N/ holds the model and tokenizer as `save_pretrained` writes them, tercet.json with the
 settings of the run, optimizer.pt, rng.pt, trainer_state.json, and manifest.json with the size and
 SHA-256 of every other file.  It is written
-as checkpoint-N.tmp, flushed to the disk, then renamed; only then does `latest` name it.  So a kill
-or a full disk at any moment leaves the checkpoint before it as it was.
+as checkpoint-N.tercet.tmp, flushed to the disk, then renamed; only then does `latest` name it.  So
+a kill or a full disk at any moment leaves the checkpoint before it as it was.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from tercet.engine.model import Policy
 
 MANIFEST, STATE, OPTIMIZER, RNG = "manifest.json", "trainer_state.json", "optimizer.pt", "rng.pt"
 RUN = "tercet.json"
+OURS = re.compile(r"\.?checkpoint-\d+\.tercet\.(tmp(-\w+)?|old)")  # folders a kill leaves behind
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -52,6 +54,9 @@ def save_checkpoint(
 ) -> Path:
     """Writes folder/checkpoint-{step}, points `latest` at it, and removes the oldest ones.
 
+    Checkpoints of later steps, left behind by a resume from an earlier one, are removed too: they
+    belong to another course of the training.
+
     Args:
         folder: of the run.
         state: the trainer's own, as JSON can hold it.
@@ -63,7 +68,7 @@ def save_checkpoint(
             written is gone, and the checkpoints before it are as they were.
     """
     final = folder / f"checkpoint-{step}"
-    temporary = folder / f"checkpoint-{step}.tmp"
+    temporary = folder / f"checkpoint-{step}.tercet.tmp"
     with _removed_on_failure(temporary, folder):
         _sweep(folder)
         temporary.mkdir(parents=True)
@@ -80,9 +85,11 @@ def save_checkpoint(
         _move(temporary, final)
         replace_text(folder / "latest", final.name + "\n")
         _flush(folder)
-    if save_total_limit is not None:
-        for old in checkpoints(folder)[save_total_limit:]:
-            shutil.rmtree(old)
+    found = checkpoints(folder)
+    here = found.index(final)
+    kept = None if save_total_limit is None else here + save_total_limit
+    for path in [*found[:here], *([] if kept is None else found[kept:])]:
+        shutil.rmtree(path)
     return final
 
 
@@ -92,19 +99,30 @@ def load_latest(
     """Restores weights, optimiser and random state from the checkpoint that `latest` names.
 
     A checkpoint that does not match its manifest (cut in half, edited) is passed over for the one
-    before it, and `warn` is told.  The optimiser keeps its present settings (rate, decay).
+    before it, and `warn` is told, as it is of later checkpoints, which the next save removes.  The
+    optimiser keeps its present settings (rate, decay).
 
     Returns:
         What was restored; None when the folder has no checkpoint.
 
     Raises:
         RuntimeError: there are checkpoints, and none of them is whole.
+        ValueError: optimizer.pt or rng.pt is not what it should be, though as the manifest says.
     """
-    for path in _candidates(folder, warn):
+    candidates = _candidates(folder, warn)
+    if later := [path.name for path in checkpoints(folder) if path not in candidates]:
+        warn(
+            f"{', '.join(later)} in {folder} come after {candidates[0].name}, which `latest` "
+            "names: the next save removes them"
+        )
+    for path in candidates:
         fault = find_fault(path)
         if fault is None:
             return _restore(path, policy, optimizer)
-        warn(f"{path} is damaged ({fault}); going on from the checkpoint before it")
+        warn(
+            f"{path} is damaged ({fault}); going on from the checkpoint before it, and the next "
+            "save removes this one"
+        )
     if checkpoints(folder):
         raise RuntimeError(
             f"load_latest: {folder} must hold a whole checkpoint, got only damaged ones; "
@@ -137,9 +155,9 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, judged by its manifest; None when it is whole."""
+    """What is wrong with a checkpoint, by its manifest and records; None when it is whole."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files = _manifest(checkpoint)
         for name, expected in files.items():
             size = (checkpoint / name).stat().st_size
             if size != expected["size"]:
@@ -147,27 +165,89 @@ def find_fault(checkpoint: Path) -> str | None:
         for name, expected in files.items():
             if _fingerprint(checkpoint / name) != expected:
                 return f"{name} has another checksum than when it was written"
+        _read_state(checkpoint)
+        read_run(checkpoint)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        return f"{MANIFEST} cannot be read"
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
 
 
+def resumable(folder: Path) -> Path | None:
+    """The checkpoint that `load_latest` would go on from; None when there is no whole one."""
+    for path in _candidates(folder, lambda _: None):
+        if find_fault(path) is None:
+            return path
+    return None
+
+
+def _manifest(checkpoint: Path) -> dict[str, dict[str, int | str]]:
+    """Size and checksum by file name, of all files that a checkpoint must have."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        if files.keys() >= {STATE, OPTIMIZER, RNG, RUN, "config.json"} and all(
+            entry.keys() == {"size", "sha256"} for entry in files.values()
+        ):
+            return files
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{MANIFEST} cannot be read")
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's own state, and the step that the folder's name says."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        state = None
+    step = state.get("step") if isinstance(state, dict) else None
+    number = checkpoint.name.partition("-")[2]
+    if not isinstance(state, dict) or type(step) is not int or f"{step}" != number:
+        raise ValueError(f"{STATE} does not hold step {number}, which the folder's name says")
+    return state
+
+
 def _restore(path: Path, policy: Policy, optimizer: Optimizer) -> Checkpoint:
+    state = _read_state(path)
     with _quiet():
         saved = Policy.from_pretrained(path, dtype=policy.dtype).model
+    with _readable(path / OPTIMIZER, "an AdamW state of this model"):
+        optimizer_state = _load_tensors(path / OPTIMIZER)
+        for old, now in zip(optimizer_state["param_groups"], optimizer.param_groups, strict=True):
+            old.update({key: value for key, value in now.items() if key != "params"})
+        optimizer.load_state_dict(optimizer_state)
+        for parameter, moments in optimizer.state.items():
+            if moments["exp_avg"].shape != parameter.shape:
+                raise ValueError(f"moments {list(moments['exp_avg'].shape)}")
+            if moments["exp_avg_sq"].shape != parameter.shape:
+                raise ValueError(f"moments {list(moments['exp_avg_sq'].shape)}")
+    with _readable(path / RNG, "the state of torch's random generators"):
+        rng = _load_tensors(path / RNG)
+        torch.set_rng_state(rng["cpu"])
+        if torch.cuda.is_available() and rng["cuda"]:
+            torch.cuda.set_rng_state_all(rng["cuda"])
     policy.model.load_state_dict(saved.state_dict())
-    optimizer_state = _load_tensors(path / OPTIMIZER)
-    for old, now in zip(optimizer_state["param_groups"], optimizer.param_groups, strict=True):
-        old.update({key: value for key, value in now.items() if key != "params"})
-    optimizer.load_state_dict(optimizer_state)
-    state = json.loads((path / STATE).read_text())
-    rng = _load_tensors(path / RNG)
-    torch.set_rng_state(rng["cpu"])
-    if torch.cuda.is_available() and rng["cuda"]:
-        torch.cuda.set_rng_state_all(rng["cuda"])
     return Checkpoint(path, state.pop("step"), state)
+
+
+@contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Within, what torch raises for a file that is something else takes one form.
+
+    Its own text advises weights_only=False, which runs whatever code the file holds.
+    """
+    try:
+        yield
+    except (
+        *(pickle.UnpicklingError, EOFError, AttributeError, LookupError, RuntimeError),
+        *(TypeError, ValueError),
+    ) as error:
+        raise ValueError(
+            f"load_latest: {path} must be {what}, got another kind of file "
+            f"({type(error).__name__}); restore the folder from a copy, or delete it to go on from "
+            "the checkpoint before it"
+        ) from None
 
 
 def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
@@ -202,8 +282,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _sweep(folder: Path) -> None:
     """Removes what a kill left half-written: our own folder and the one Policy.save works in."""
-    for pattern in ("checkpoint-*.tmp", "checkpoint-*.old", ".checkpoint-*.tmp-*"):
-        for path in folder.glob(pattern):
+    for path in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
+        if OURS.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path)
 
 
@@ -236,7 +316,7 @@ def _flush(path: Path) -> None:
 
 def _move(source: Path, target: Path) -> None:
     """Renames a folder over another one of its name (left of a resume)."""
-    aside = target.with_name(target.name + ".old")
+    aside = target.with_name(target.name + ".tercet.old")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         target.rename(aside)

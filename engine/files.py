@@ -47,10 +47,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind_jsonl(path: Path, *, last_step: int | None) -> int:
-    """Drops a cut last line and, given last_step, the rows after it.  Returns their number."""
+    """Drops a cut last line and, given last_step, the rows after it.  Returns their number.
+
+    Raises:
+        ValueError: a row is no JSON object with a whole number as its step.
+    """
     if not path.exists():
         return 0
     rows = read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        if type(row.get("step")) is not int:
+            raise ValueError(
+                f"rewind_jsonl: {path}:{number} must have a whole number as its step, got "
+                f"{row.get('step')!r}; restore the file from a copy, or delete the line"
+            )
     kept = [r for r in rows if last_step is None or r["step"] <= last_step]
     replace_text(path, "".join(json.dumps(r) + "\n" for r in kept))
     return len(rows) - len(kept)
@@ -76,7 +86,7 @@ def sha256(path: str | Path) -> str:
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoint-N folders in a run's folder, newest first."""
     numbered = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in folder.glob("checkpoint-*")]
-    found = [(int(match[1]), path) for match, path in numbered if match]
+    found = [(int(match[1]), path) for match, path in numbered if match and path.is_dir()]
     return [path for _, path in sorted(found, reverse=True)]
 
 

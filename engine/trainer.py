@@ -300,7 +300,8 @@ class Trainer:
         if found is None:
             self.log.rewind(-1)
             return 0
-        self._told = set(found.state["told"])
+        told = found.state.get("told")
+        self._told = {key for key in told if isinstance(key, str)} if type(told) is list else set()
         self.log.rewind(found.step)
         self.log.info(f"going on from {found.folder}")
         return found.step

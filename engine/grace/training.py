@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tercet.engine.checkpoint import read_run
+from tercet.engine.checkpoint import read_run, resumable
 from tercet.engine.command_line import load_config
 from tercet.engine.config import changes
 from tercet.engine.files import checkpoints
@@ -147,9 +147,9 @@ def _check_not_past(folder: Path, max_steps: int) -> None:
 
 
 def _changed_data(folder: Path, config: GraceConfig, digests: Mapping[str, str]) -> list[str]:
-    """The data files whose content is not what the newest checkpoint was trained on."""
-    found = checkpoints(folder)
-    before = read_run(found[0]).get("data_sha256") if found else None
+    """The data files whose content is not what the checkpoint to go on from was trained on."""
+    found = resumable(folder)
+    before = None if found is None else read_run(found).get("data_sha256")
     if not isinstance(before, dict):
         return []
     return [getattr(config.data, name) for name in digests if before.get(name) != digests[name]]

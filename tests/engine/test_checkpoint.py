@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there: damage, full disks, leftovers of a kill."""
 
+import hashlib
 import json
 import re
 import resource
@@ -131,6 +132,33 @@ def flip(name):
     return damage
 
 
+def resign(path):
+    """Makes the manifest true again."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        data = (path / name).read_bytes()
+        entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def write(name, text):
+    def damage(path):
+        (path / name).write_text(text)
+        if name != "manifest.json":
+            resign(path)
+
+    return damage
+
+
+def list_as(entry):
+    def damage(path):
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"]["optimizer.pt"] = entry
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
 def remove(name):
     return lambda path: (path / name).unlink()
 
@@ -142,6 +170,19 @@ DAMAGE = {
     "weights missing": (remove("model.safetensors"), r"model\.safetensors is missing"),
     "manifest missing": (remove("manifest.json"), r"manifest\.json is missing"),
     "manifest cut in half": (cut("manifest.json"), r"manifest\.json cannot be read"),
+    **{
+        f"manifest {text}": (write("manifest.json", text), r"manifest\.json cannot be read")
+        for text in ("[]", "null", '{"files": ["a"]}', '{"files": {}}', "[" * 100_000)
+    },
+    **{
+        f"manifest entry {entry}": (list_as(entry), r"manifest\.json cannot be read")
+        for entry in (None, 3, {"size": 3})
+    },
+    **{
+        f"state {text}": (write("trainer_state.json", text), r"state\.json does not hold step 2")
+        for text in ("{}", "[]", '{"step": "2"}', '{"step": 1}', '{"step": true}', "{")
+    },
+    "run cut in half": (write("tercet.json", "{"), r"tercet\.json must be a JSON object"),
 }
 
 
@@ -160,6 +201,42 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, trained, kind):
     assert re.search(fault, said[0])
 
 
+WRONG = {
+    "text": lambda path: path.write_text("hello"),
+    "nothing": lambda path: path.write_bytes(b""),
+    "list": lambda path: torch.save([1, 2], path),
+    "dict": lambda path: torch.save({"a": 1}, path),
+    "code": lambda path: torch.save(Path("x"), path),
+    "half": lambda path: torch.save(
+        {"param_groups": 3, "state": {}, "cpu": torch.ones(2), "cuda": []}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng.pt"])
+def test_a_file_that_is_something_else_is_named(tmp_path, trained, name, kind):
+    path = save(tmp_path, 1, trained, {})
+    WRONG[kind](path / name)
+    resign(path)
+    before = weights(trained[0])
+    with pytest.raises(ValueError, match=rf"^load_latest: .*checkpoint-1/{name} must be") as caught:
+        load_latest(tmp_path, trained[0], trained[1], warn=pytest.fail)
+    assert "weights_only" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(map(torch.equal, before, weights(trained[0])))
+
+
+def test_moments_of_another_model_are_refused(tmp_path, trained):
+    path = save(tmp_path, 1, trained, {})
+    state = trained[1].state_dict()
+    state["state"][0] = state["state"][0] | {"exp_avg_sq": torch.zeros(3)}
+    torch.save(state, path / "optimizer.pt")
+    resign(path)
+    with pytest.raises(ValueError, match=r"optimizer\.pt must be an AdamW state of this model"):
+        restore(tmp_path, trained)
+
+
 def test_only_damaged_checkpoints_is_an_error(tmp_path, trained):
     two_checkpoints(tmp_path, trained)
     for step in (1, 2):
@@ -174,7 +251,9 @@ def test_latest_decides(tmp_path, trained):
     found, said = restore(tmp_path, trained)
     assert found is not None
     assert found.step == 1
-    assert said == []
+    assert len(said) == 1
+    assert "checkpoint-2 in " in said[0]
+    assert "come after checkpoint-1" in said[0]
     assert all(map(torch.equal, first, weights(trained[0])))
 
 
@@ -202,14 +281,32 @@ def test_the_oldest_leave(tmp_path, trained):
 
 def test_leftovers_of_a_kill_are_ignored_and_then_swept(tmp_path, trained):
     save(tmp_path, 1, trained, {})
-    for name in ("checkpoint-2.tmp", ".checkpoint-2.tmp-x1", "checkpoint-1.old"):
+    own = ("checkpoint-2.tercet.tmp", ".checkpoint-2.tercet.tmp-x1", "checkpoint-1.tercet.old")
+    mine = ("checkpoint-5.old", "checkpoint-2.tmp", "checkpoint-best.tercet.tmp")
+    files = ("checkpoint-7", "checkpoint-3.tercet.tmp")
+    for name in (*own, *mine):
         shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
+    for name in files:
+        (tmp_path / name).write_text("mine")
     found, said = restore(tmp_path, trained)
     assert found is not None
     assert (found.step, said) == (1, [])
     save(tmp_path, 2, trained, {})
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["checkpoint-1", "checkpoint-2", "latest"]
+    assert names == sorted(["checkpoint-1", "checkpoint-2", "latest", *mine, *files])
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [(1, ["4"]), (2, ["2", "4"]), (None, ["1", "2", "4"])], ids=str
+)
+def test_what_was_just_saved_stays_and_later_steps_leave(tmp_path, trained, limit, left):
+    for step in (1, 2, 8):
+        save(tmp_path, step, trained, {})
+    (tmp_path / "latest").write_text("checkpoint-2\n")
+    path = save(tmp_path, 4, trained, {}, save_total_limit=limit)
+    assert find_fault(path) is None
+    names = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
+    assert names == [f"checkpoint-{step}" for step in left]
 
 
 def test_a_step_can_be_saved_again(tmp_path, trained):

@@ -248,6 +248,17 @@ def test_rewind_drops_later_rows_of_every_file_and_says_so(tmp_path):
         assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
+@pytest.mark.parametrize("row", ['{"a": 1}', '{"step": "1"}', '{"step": null}', '{"step": true}'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_row_without_a_step_is_an_error_that_names_it(tmp_path, name, row):
+    with run_log(tmp_path) as log:
+        log.log(1, {})
+        log.warn("a")
+    (tmp_path / name).write_text(f'{{"step": 1}}\n{row}\n')
+    with pytest.raises(ValueError, match=rf"{name}:2 must have a whole number as its step, got"):
+        run_log(tmp_path, resume=True)
+
+
 def test_rewinding_nothing_is_silent(tmp_path):
     with run_log(tmp_path) as log:
         log.warn("3 rows were skipped")

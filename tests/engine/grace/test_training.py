@@ -154,6 +154,16 @@ def test_a_run_goes_on_with_other_data_only_when_told_to(make_config, tmp_path, 
         train(config)
 
 
+def test_a_newest_checkpoint_with_a_cut_account_of_its_run_is_passed_over(make_config):
+    config = make_config(train={"max_steps": 3, "save_steps": 1})
+    run = train(config)
+    shutil.rmtree(run.checkpoint)
+    (run.folder / "latest").write_text("checkpoint-2\n")
+    (run.folder / "checkpoint-2" / "tercet.json").write_text("{")
+    assert train(config).checkpoint == run.checkpoint
+    assert "checkpoint-2 is damaged (tercet.json has " in events(run)
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_over(make_config):
     config = make_config(train={"max_steps": 1, "eval_steps": 1}, data={"test_fraction": 0.25})
     run = train(config)
