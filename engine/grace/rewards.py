@@ -152,11 +152,12 @@ def _with_truncation(
     if not stacked.numel():
         return parts | {"truncation": torch.zeros_like(stacked[0])}
     # No partial sum exceeds bound < 2^exponent, so multiples of 2^(exponent - digits) add exactly.
-    bound = 3 * stacked.abs().sum(0).max() + config.truncation_penalty
+    gamma = 0.0 if finished.all() else config.truncation_penalty  # nobody pays: no coarser grid
+    bound = 3 * stacked.abs().sum(0).max() + gamma
     digits = 24 if stacked.dtype == torch.float32 else 53
     grid = torch.ldexp(torch.ones_like(bound), bound.frexp().exponent - digits)
     stacked = (stacked / grid).round() * grid + 0.0  # no -0
-    penalty = (config.truncation_penalty / grid).round() * grid
+    penalty = (gamma / grid).round() * grid
 
     base = stacked.sum(0)
     paid = base.masked_fill(~finished, torch.inf)

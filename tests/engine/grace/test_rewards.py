@@ -205,6 +205,26 @@ def test_relative_truncation_is_below_the_group_whatever_the_level():
     assert torch.equal(r.total[finished.flatten()], free.total[finished.flatten()])
 
 
+def test_a_penalty_that_nobody_pays_costs_no_precision():
+    batch = random_batch()
+    free, dear = (
+        grace_reward(*batch, RewardConfig(truncation_penalty=gamma)) for gamma in (0.0, 1e9)
+    )
+    assert torch.equal(free.total, dear.total)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1e4 / 3, 1e7 / 3])
+def test_a_penalty_among_truncated_rows_keeps_the_sum_exact(gamma):
+    rollouts, queries, negatives, finished = random_batch()
+    finished[0, 1] = False
+    r = grace_reward(rollouts, queries, negatives, finished, RewardConfig(truncation_penalty=gamma))
+    for order in (list(r.parts), list(r.parts)[::-1]):
+        summed = torch.zeros_like(r.total)
+        for name in order:
+            summed = summed + r.parts[name]
+        assert torch.equal(summed, r.total)
+
+
 @pytest.mark.parametrize("scale_rewards", ["none", "group"])
 def test_a_group_without_a_finished_rollout_gives_no_signal(scale_rewards):
     rollouts, queries, negatives, finished = random_batch()
