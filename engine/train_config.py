@@ -59,7 +59,8 @@ class TrainConfig:
             "logging_steps",
         ):
             _check(name, getattr(self, name), "be >= 1", getattr(self, name) >= 1)
-        for name in ("warmup_steps", "eval_steps", "save_steps", "seed"):
+        _check("seed", self.seed, "be in [0, 2^63)", 0 <= self.seed < 2**63)
+        for name in ("warmup_steps", "eval_steps", "save_steps"):
             _check(name, getattr(self, name), "be >= 0", getattr(self, name) >= 0)
         for name in ("learning_rate", "weight_decay"):  # torch wants a float32 of them
             _check(name, getattr(self, name), "be in [0, 1e30]", 0 <= getattr(self, name) <= 1e30)
@@ -74,9 +75,9 @@ class TrainConfig:
             _check("epsilon_high", self.epsilon_high, "be > 0", self.epsilon_high > 0)
         if self.delta is not None:
             _check("delta", self.delta, "be > 1", self.delta > 1)
-        for name in ("save_total_limit", "num_threads"):
-            value = getattr(self, name)
-            _check(name, value, "be >= 1", value is None or value >= 1)
+        limit, threads = self.save_total_limit, self.num_threads
+        _check("save_total_limit", limit, "be >= 1", limit is None or limit >= 1)
+        _check("num_threads", threads, "be in [1, 1024]", threads is None or 1 <= threads <= 1024)
 
     @property
     def on_policy(self) -> bool:

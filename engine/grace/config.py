@@ -159,6 +159,12 @@ class GraceConfig:
                 "GraceConfig: generation_batch_size must be a multiple of num_generations "
                 f"({self.num_generations}), got {self.generation_batch_size}"
             )
+        if self.train.mini_batches > self.groups_per_step:
+            raise ValueError(
+                "GraceConfig: train.mini_batches must be at most the groups of a step, "
+                f"generation_batch_size / num_generations = {self.groups_per_step}, got "
+                f"{self.train.mini_batches}; lower it or raise generation_batch_size"
+            )
         estimator = self.train.advantage_estimator
         if self.num_generations == 1 and estimator in ("grpo", "rloo", "dapo"):
             raise ValueError(
@@ -168,8 +174,8 @@ class GraceConfig:
             )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"GraceConfig: top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"GraceConfig: top_k must be >= 0, got {self.top_k}")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"GraceConfig: top_k must be in [0, 2^31), got {self.top_k}")
         _check_temperature("GraceConfig", "anchor_temperature", self.anchor_temperature)
         _check_temperature("GraceConfig", "temperature", self.temperature)
         if self.temperature == 0:

@@ -59,6 +59,8 @@ def test_warm_up_longer_than_the_run():
         ("delta", 1.0),
         ("save_total_limit", 0),
         ("num_threads", 0),
+        ("num_threads", 2**31),
+        ("seed", 2**64),
     ],
 )
 def test_values_that_cannot_be(setting, value):

@@ -178,6 +178,14 @@ def untimed(row):
     return {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_s", "memory"))}
 
 
+def test_settings_that_no_step_can_have_are_refused_before_the_folder_is_claimed(make_config):
+    with pytest.raises(ValueError, match=r"^GraceConfig: train\.mini_batches .* = 2, got 3; lower"):
+        make_config(train={"mini_batches": 3})
+    assert make_config(train={"mini_batches": 2}).groups_per_step == 2
+    with pytest.raises(ValueError, match=r"^GraceConfig: top_k must be in \[0, 2\^31\), got 9223"):
+        make_config(top_k=2**63)
+
+
 def test_a_folder_of_other_files_is_refused_at_once_and_left(make_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("mine: true\n")
