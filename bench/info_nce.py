@@ -1,5 +1,8 @@
 """info_nce beside the full matrix, sentence-transformers' loss and Inf-CL; similarity_stats too."""
 
+# Peers are installed for benches only.
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
