@@ -70,6 +70,7 @@ def test_group_of_one_is_fine_without_a_group_baseline():
     out = advantages(rewards, groups, estimator="reinforce++")
     torch.testing.assert_close(out, torch.tensor([-1.0, 1.0]) / (2**0.5 + EPS))
     assert advantages(rewards, groups, estimator="remax", baseline=rewards).tolist() == [0.0, 0.0]
+    assert advantages(rewards[:1], groups[:1], estimator="reinforce++").tolist() == [0.0]
 
 
 @pytest.mark.wrong_types

@@ -335,6 +335,51 @@ def test_bfloat16_compute_keeps_float32_weights(policy, tmp_path):
     assert not any("rounding" in m for m in messages(tmp_path))
 
 
+def test_sampling_computes_in_bfloat16_too(policy, tmp_path):
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path, bf16=True)
+    inner, seen = trainer.sampler, []
+    trainer.sampler = Answers(
+        lambda requests: seen.append(torch.is_autocast_enabled("cpu")) or inner.sample(requests)
+    )
+    trainer.train()
+    assert seen == [True]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_settings_reach_the_optimiser(policy, tmp_path):
+    trainer = make_trainer(
+        policy, LikesOneToken(), tmp_path, adam_beta1=0.5, adam_beta2=0.75, weight_decay=0.125
+    )
+    group = trainer.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.75), 0.125)
+
+
+class NaNBaseline(LikesOneToken):
+    """Pays greedy completions, which it sees second, with NaN."""
+
+    seen = 0
+
+    def rewards(self, rollouts):
+        rewards = super().rewards(rollouts)
+        self.seen += 1
+        return rewards if self.seen == 1 else replace(rewards, total=rewards.total * torch.nan)
+
+
+def test_nan_reward_of_a_greedy_completion_stops_the_run(policy, tmp_path):
+    trainer = make_trainer(policy, NaNBaseline(), tmp_path, advantage_estimator="remax")
+    with pytest.raises(RuntimeError, match=r"step 1: reward \(total\) of rollouts must be finite"):
+        trainer.train()
+
+
+def test_a_warning_given_inside_a_step_belongs_to_it(policy, tmp_path):
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path, max_steps=2)
+    inner = trainer.sampler
+    trainer.sampler = Answers(lambda requests: trainer.log.warn("here") or inner.sample(requests))
+    trainer.train()
+    rows = read_jsonl(tmp_path / "events.jsonl")
+    assert [row["step"] for row in rows if row["message"] == "here"] == [1, 2]
+
+
 def test_bfloat16_weights_are_warned_of(make_tiny_model, tmp_path):
     policy = Policy(make_tiny_model("qwen3").bfloat16())
     make_trainer(policy, LikesOneToken(), tmp_path).train()

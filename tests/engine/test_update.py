@@ -195,6 +195,30 @@ def test_mismatch_with_the_sampler_is_measured(policy):
     assert metrics["sampling/logp_mismatch"] == pytest.approx(0.5 / 14, abs=1e-5)
 
 
+def test_off_policy_mismatch_is_that_of_the_old_policy_and_not_of_its_updates(policy):
+    batch = make_batch(policy, drift=0.3)
+    sampled = [
+        replace(c, logp=x.tolist())
+        for c, x in zip(batch.completions, batch.old_logp or [], strict=True)
+    ]
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    metrics = optimise(
+        policy, optimizer, replace(batch, completions=sampled), TrainConfig(beta=0.1)
+    )
+    assert metrics["sampling/logp_mismatch_max"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_dual_clips_are_counted_among_the_clipped_tokens(policy):
+    batch = replace(make_batch(policy), advantage=torch.tensor([0.0, -1.0, 0.0, 0.0]))
+    old = [x - 2.0 for x in make_batch(policy, drift=1e-9).old_logp or []]  # ratio e^2 > delta
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    ratios = [
+        optimise(policy, optimizer, replace(batch, old_logp=old), TrainConfig(delta=delta))
+        for delta in (3.0, None)
+    ]
+    assert [metrics["clip_ratio"] for metrics in ratios] == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("where", ["hidden", "gradient"])
 def test_nan_stops_before_the_weights_move(policy, where):
     batch = make_batch(policy)

@@ -59,6 +59,19 @@ def test_another_split_is_said_and_what_it_shares_with_training_is_counted(make_
     ]
 
 
+def test_another_removal_is_said(make_run):
+    model, _ = make_run()
+    found = held_out(model, EvalData(remove="cat"))
+    assert "not the held-out rows of the run (remove '\\\\?' -> 'cat')" in found.notes
+
+
+def test_negatives_that_the_rows_lack_are_not_asked_for(make_run, tmp_path):
+    model, _ = make_run([{**row, "negative": "fish"} for row in ROWS], num_negatives=1)
+    (tmp_path / "test.jsonl").write_text('{"question": "a", "positive": "b"}\n')
+    found = held_out(model, EvalData(test_path=str(tmp_path / "test.jsonl")))
+    assert found.pairs == [("a", "b")]
+
+
 def test_another_fraction_splits_the_training_file_and_not_the_runs_test_file(make_run, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "a", "positive": "b"}) + "\n")
     model, data = make_run(test_path=str(tmp_path / "test.jsonl"))
