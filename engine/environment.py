@@ -54,6 +54,12 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
+def short_commit(commit: str) -> str:
+    """A commit as `git_commit` gives it, cut to seven digits."""
+    digits, plus, changes = commit.partition("+")
+    return f"{digits[:7]}{plus}{changes}"
+
+
 def cpu_model() -> str:
     """The processor's name as Linux gives it, else what Python knows."""
     info = Path("/proc/cpuinfo")

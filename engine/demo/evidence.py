@@ -13,6 +13,7 @@ from tercet.engine.demo.config import GraceDemoConfig
 from tercet.engine.demo.grace import run_demo
 from tercet.engine.demo.results import DemoResults
 from tercet.engine.demo.show import COLUMNS, LABELS
+from tercet.engine.environment import short_commit
 from tercet.engine.files import read_jsonl, replace_text
 
 SEEDS = (10, 11, 12)  # no setting was chosen on them
@@ -73,7 +74,7 @@ def markdown(found: Sequence[DemoResults]) -> str:
         f"Mean (lowest-highest) over seeds {', '.join(str(r.seed) for r in found)}; "
         f"steps of pre-training (accuracy reached) {steps}; "
         f"{min(seconds):.0f}-{max(seconds):.0f} s per seed; {_machine(found[0])}, "
-        f"commit {_short_commit(found[0])}.",
+        f"commit {short_commit(str(found[0].environment['commit']))}.",
     ]
     return "\n".join(lines)
 
@@ -86,11 +87,6 @@ def _mean_and_range(values: Sequence[float]) -> str:
 def _machine(results: DemoResults) -> str:
     facts = results.environment
     return f"{facts['cpu']}, {facts['cpu_cores']} cores"
-
-
-def _short_commit(results: DemoResults) -> str:
-    commit, plus, changes = str(results.environment["commit"]).partition("+")
-    return f"{commit[:7]}{plus}{changes}"
 
 
 def _keep(found: Sequence[DemoResults], path: Path) -> None:

@@ -26,7 +26,7 @@ from tercet.engine.config import changes, to_yaml
 from tercet.engine.demo.config import GraceDemoConfig
 from tercet.engine.demo.measure import read_with_rationales, read_without_rationales
 from tercet.engine.demo.results import DemoResults, Reading, Sample, read_results
-from tercet.engine.demo.show import show_results
+from tercet.engine.demo.show import report_tables, show_results
 from tercet.engine.demo.tiny import SYSTEM_PROMPT, pretrain
 from tercet.engine.demo.world import World, write_triples
 from tercet.engine.environment import environment, torch_threads
@@ -41,6 +41,7 @@ from tercet.engine.grace.training import train
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.report import write_report
+from tercet.engine.report_runs import TABLES
 from tercet.engine.train_config import TrainConfig
 
 MAX_PROMPT_LENGTH = 64  # tokens; the longest prompt of the world has 19
@@ -230,9 +231,7 @@ def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
     console.rule("5  Held-out texts")
     with watch.stage("evaluate"):
         read = {model: demo.read(model, path) for model, path in paths.items()}
-    with watch.stage("report"):
-        write_report(demo.folder)
-    return DemoResults(
+    found = DemoResults(
         folder=str(demo.folder),
         seed=demo.config.seed,
         pretrain_steps=int(base["steps"]),
@@ -248,9 +247,13 @@ def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
             )
             for i in SHOWN_TEXTS
         ],
-        seconds={**watch.seconds, "total": sum(watch.seconds.values())},
         environment=environment(),
     )
+    with watch.stage("report"):
+        tables = [asdict(table) for table in report_tables(found)]
+        replace_text(demo.folder / TABLES, json.dumps(tables, indent=2) + "\n")
+        write_report(demo.folder)
+    return replace(found, seconds={**watch.seconds, "total": sum(watch.seconds.values())})
 
 
 @contextmanager

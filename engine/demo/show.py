@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tercet.engine.demo.results import DemoResults, Reading
+from tercet.engine.report_runs import ResultTable
 
 LABELS = {
     "base": "base, no rationale",
@@ -24,19 +25,22 @@ COLUMNS = {
     "mean_cosine": "mean\ncosine",
     "truncated": "cut\noff",
 }
-LEGEND = """\
-recall@1     queries whose best document is of their topic; chance: 0.025
-greedy       the same with greedy rationales; all else samples at temperature 1
-names topic  rationales that name the right topic and no other
-distinct     different rationales / rationales; one sentence for all: 0.003
-mean cosine  of two different documents; 1: the vectors say nothing
-cut off      rationales that ran out of their token budget"""
+LEGEND = {
+    "recall@1": "queries whose best document is of their topic; chance: 0.025",
+    "greedy": "the same with greedy rationales; all else samples at temperature 1",
+    "names topic": "rationales that name the right topic and no other",
+    "distinct": "different rationales / rationales; one sentence for all: 0.003",
+    "mean cosine": "of two different documents; 1: the vectors say nothing",
+    "cut off": "rationales that ran out of their token budget",
+}
+TITLE = "200 held-out queries and 200 documents, 40 topics"
 
 
 def show_results(results: DemoResults, console: Console) -> None:
     """Prints the measures, the rationales before and after, and where everything lies."""
     console.print(measures(results.readings))
-    console.print(LEGEND, style="dim", soft_wrap=True)
+    for column, meaning in LEGEND.items():
+        console.print(f"{column:<11}  {meaning}", style="dim", soft_wrap=True)
     console.print()
     for line in rationales(results):
         console.print(line, soft_wrap=True)
@@ -47,9 +51,7 @@ def show_results(results: DemoResults, console: Console) -> None:
 
 def measures(readings: list[Reading]) -> Table:
     """One row per model."""
-    table = Table(
-        title="200 held-out queries and 200 documents, 40 topics", box=box.SIMPLE, pad_edge=False
-    )
+    table = Table(title=TITLE, box=box.SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for title in COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
@@ -58,6 +60,38 @@ def measures(readings: list[Reading]) -> Table:
         style = "bold" if reading.model == "document" else None
         table.add_row(LABELS[reading.model], *cells, style=style)
     return table
+
+
+def report_tables(results: DemoResults) -> list[ResultTable]:
+    """The same for the page: the measures, and the rationales before and after."""
+    return [
+        ResultTable(
+            title=TITLE,
+            rows=[
+                {"": LABELS[reading.model]}
+                | {
+                    title.replace("\n", " "): getattr(reading, name)
+                    for name, title in COLUMNS.items()
+                }
+                for reading in results.readings
+            ],
+            notes=[f"{column}: {meaning}" for column, meaning in LEGEND.items()],
+        ),
+        ResultTable(
+            title="What they write about held-out texts",
+            rows=[
+                {
+                    "text": sample.text,
+                    "topic": sample.topic,
+                    "base, before training": sample.base,
+                    LABELS["paper"]: sample.paper,
+                    LABELS["document"]: sample.document,
+                }
+                for sample in results.samples
+            ],
+            notes=[],
+        ),
+    ]
 
 
 def rationales(results: DemoResults) -> list[str]:

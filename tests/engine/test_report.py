@@ -8,6 +8,8 @@ import pytest
 
 from tercet.engine.glossary import MEANINGS, general
 from tercet.engine.report import main, write_report
+from tercet.engine.report_charts import styles_of
+from tercet.engine.report_runs import Run
 
 
 class Page(HTMLParser):
@@ -47,19 +49,113 @@ def test_the_page_stands_alone_and_holds_everything(tmp_path):
     page = Page(write_report(make_run(tmp_path / "run")).read_text())
     text = " ".join(page.words)
     assert page.fetched == []
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 4
     assert "script" not in page.tags
+    assert "0.1 → 0.5" in text  # reward/mean
     for part in ("alert(1)", "bees & hives", "hard is dead", "learning_rate", "2.13.0", "recall@1"):
         assert part in text
 
 
-def test_several_runs_share_their_plots(tmp_path):
-    make_run(tmp_path / "paper")
-    make_run(tmp_path / "document")
-    page = Page(write_report(tmp_path).read_text())
-    assert page.tags.count("svg") == 5
-    legends = [word.strip() for word in page.words]
-    assert legends.count("document") == legends.count("paper") > 5  # of every plot
+def add_metrics(run, *rows):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def charts(run_or_folder):
+    """Name of each metric drawn -> its part of the page."""
+    parts = write_report(run_or_folder).read_text().split("<figcaption><span>")[1:]
+    return {part.partition("<")[0]: part.partition("</figure>")[0] for part in parts}
+
+
+def test_a_run_has_one_colour_on_the_whole_page(tmp_path):
+    add_metrics(make_run(tmp_path / "b"), {"step": 1, "loss": 1.0})
+    make_run(tmp_path / "a")
+    drawn = charts(tmp_path)
+    styles = styles_of([Run(name, {}, [], [], "", {}) for name in ("a", "b")])
+    assert len(drawn) == 5
+    for key, chart in drawn.items():
+        assert f"stroke: {styles['b'].colour}" in chart
+        assert (f"stroke: {styles['a'].colour}" in chart) == (key != "loss")
+    legend = (tmp_path / "report.html").read_text().partition('class="legend">')[2].split("</p>")[0]
+    for name, style in styles.items():
+        assert f'{style.colour}"></i>{name}</span>' in legend
+
+
+def test_eighteen_runs_are_told_apart():
+    runs = [Run(str(i), {}, [], [], "", {}) for i in range(18)]
+    assert len(set(styles_of(runs).values())) == 18
+
+
+def test_one_run_needs_no_legend(tmp_path):
+    assert 'class="legend"' not in write_report(make_run(tmp_path / "run")).read_text()
+
+
+def test_what_never_leaves_0_is_named_and_not_drawn(tmp_path):
+    run = add_metrics(make_run(tmp_path / "run"), {"step": 6, "reward/negative": 0.0})
+    assert "reward/negative" not in charts(run)
+    assert "0 at every step: <code>reward/hard_spread</code>" in (run / "report.html").read_text()
+    assert "0 at every step: <code>reward/negative</code>" in (run / "report.html").read_text()
+
+
+def test_spreads_share_one_scale(tmp_path):
+    row = {"reward/a_spread": 0.5, "reward/b_spread": 8.0, "reward/a": 0.5, "reward/b": 8.0}
+    run = add_metrics(make_run(tmp_path / "run"), {"step": 6, **row}, {"step": 7, **row})
+    drawn = {key: Page(chart).words for key, chart in charts(run).items()}
+
+    def ticks(key):  # the last words of a chart
+        return [word.strip() for word in drawn[key] if word.strip()][-4:]
+
+    assert ticks("reward/a_spread") == ticks("reward/b_spread") == ["0.0", "2.5", "5.0", "7.5"]
+    assert ticks("reward/a") != ticks("reward/b")
+
+
+def test_every_metric_has_its_chart_and_its_last_value(tmp_path):
+    run = add_metrics(make_run(tmp_path / "run"), {"step": 6, "never/heard_of": 0.125, "kl": 3.0})
+    drawn = charts(run)
+    assert {"never/heard_of", "kl", "reward/mean"} < drawn.keys()
+    assert ">0.125</b>" in drawn["never/heard_of"]
+    assert "Other metrics" in (run / "report.html").read_text()
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_the_figures_of_a_folder_stand_at_the_top(tmp_path):
+    make_run(tmp_path / "run")
+    row = {"": "<base>", "recall@1": 0.5, "greedy": None}
+    tables = [{"title": "Two & three", "rows": [row], "notes": ["recall@1: of all"]}]
+    (tmp_path / "tables.json").write_text(json.dumps(tables))
+    top = write_report(tmp_path).read_text().partition("Where training began")[0]
+    assert "<h2>Two &amp; three</h2>" in top
+    assert '<td>&lt;base&gt;</td><td class="n">0.500</td><td class="n">-</td>' in top
+    assert "recall@1: of all" in top
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{x", "{}", "[1]", '[{"title": "a"}]', '[{"title": 1, "rows": [], "notes": []}]',
+        '[{"title": "a", "rows": [1], "notes": []}]', '[{"title": "a", "rows": [], "notes": [1]}]',
+        '[{"title": "a", "rows": {}, "notes": []}]', '[{"title": "a", "rows": [], "notes": {}}]',
+    ],
+)  # fmt: skip
+def test_figures_that_are_none_are_an_error(tmp_path, text):
+    (make_run(tmp_path / "run") / "tables.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tables\.json must .*; restore or delete it"):
+        write_report(tmp_path / "run")
+
+
+def test_a_long_text_that_comes_again_is_a_ditto_mark(tmp_path):
+    run = make_run(tmp_path / "run")
+    long = "a text of more than four and twenty letters"
+    rows = [{"step": 1, "text": long, "group": "g"}, {"step": 1, "text": long, "group": "g"}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run).read_text()
+    assert page.count(long) == 1
+    assert "<td>″</td><td>g</td>" in page
 
 
 def test_runs_from_several_places_are_one_page(tmp_path):
@@ -78,6 +174,9 @@ def test_a_run_without_the_metrics_has_no_empty_column(tmp_path):
     (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     began = write_report(tmp_path).read_text().partition("<h2>Curves")[0]
     assert f"<th>{run.name}</th>" in began
+    assert "<th>other</th>" in began  # a loss is shown
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "kl": 1.0}\n')
+    began = write_report(tmp_path).read_text().partition("<h2>Curves")[0]
     assert "<th>other</th>" not in began
 
 

@@ -13,6 +13,7 @@ from tercet.engine.demo.config import MAX_COMPLETION_LENGTH, GraceDemoConfig, Pr
 from tercet.engine.demo.evidence import markdown, run_evidence
 from tercet.engine.demo.grace import MAX_PROMPT_LENGTH, _claim, run_demo
 from tercet.engine.demo.results import read_results
+from tercet.engine.demo.show import LABELS
 from tercet.engine.demo.tiny import MAX_LENGTH
 from tercet.engine.demo.world import World
 from tercet.engine.files import read_jsonl
@@ -53,7 +54,12 @@ def test_folder_holds_runs_results_and_report(finished):
         assert len((folder / form / "metrics.jsonl").read_text().splitlines()) == 3  # 0, 1, 2
     assert (folder / "infonce" / "checkpoint-2" / "model.safetensors").exists()
     assert (folder / "base" / "tokenizer.json").exists()
-    assert "paper" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    for reading in results.readings:
+        assert (
+            f'<td>{LABELS[reading.model]}</td><td class="n">{reading.recall_at_1:.3f}</td>' in page
+        )
+    assert all(sample.text in page for sample in results.samples)
     rows = [row for path in folder.glob("*/metrics.jsonl") for row in read_jsonl(path)]
     assert not [key for row in rows for key in row if key != "step" and not general(key)]
     assert read_results(folder / "results.json") == results
