@@ -27,9 +27,13 @@ def _type_name(x: object) -> str:
 
 
 def check_tensor(op: str, name: str, x: Tensor, kind: Kind) -> None:
-    """Raises TypeError unless x is a tensor whose dtype is one of its kind."""
+    """Raises TypeError unless x is a tensor, not a DTensor, whose dtype is one of its kind."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {_type_name(x)}")
+    if hasattr(x, "full_tensor"):  # these ops do not know of its shards
+        raise TypeError(
+            f"{op}: {name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()"
+        )
     wanted, dtypes = KINDS[kind]
     if x.dtype not in dtypes:
         remedy = f"; call {name}.bool()" if kind == "bool" else ""

@@ -40,15 +40,6 @@ class Query(NamedTuple):
         return Query(self.targets[which], self.scale[which])
 
 
-def check_plain(op: str, **tensors: Tensor) -> None:
-    """Raises TypeError for a DTensor, whose shards these ops do not know."""
-    for name, x in tensors.items():
-        if hasattr(x, "full_tensor"):
-            raise TypeError(
-                f"{op}: {name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()"
-            )
-
-
 def check_query(op: str, targets: Tensor, temperature: float | Tensor, rows: Tensor) -> Tensor:
     """The temperature as a tensor; shapes, dtypes and devices checked against rows [*rows, _].
 

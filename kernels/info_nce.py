@@ -11,7 +11,7 @@ Source: arXiv:1807.03748, eq. 4; the plain definition is `info_nce_ref`.
 """
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -289,6 +289,26 @@ def _limits(queries: Tensor, keys: Tensor, margin: float, normalize: bool) -> Te
         return positive * inv[0] * inv[1] - margin
 
 
+class Candidates(NamedTuple):
+    """What queries are compared with, and the position of query 0's key among the keys."""
+
+    keys: Tensor
+    ids: Tensor | None
+    negatives: Tensor | None
+    negative_ids: Tensor | None
+    first: int = 0
+
+    def of_every_rank(self, gather: Gather) -> "Candidates":
+        """With the keys and pool of the other ranks; negatives of every row's own stay."""
+        keys, ids = gather(self.keys), None if self.ids is None else gather(self.ids)
+        found = self._replace(keys=keys, ids=ids, first=gather.first)
+        if self.negatives is None or self.negatives.ndim == 3:
+            return found
+        pool = Gather(gather.group, self.negatives)
+        ids = None if self.negative_ids is None else pool(self.negative_ids)
+        return found._replace(negatives=pool(self.negatives), negative_ids=ids)
+
+
 def _over_ranks(gather: Gather, col: Tensor) -> Tensor:
     """Log-sum-exp of this rank's keys over the rows of every rank, from that over its own rows."""
     parts = Gather(gather.group, col[None])(col[None])[:, gather.own]
@@ -359,16 +379,14 @@ def info_nce(
     if false_negative_margin is not None:
         limit = _limits(queries, keys, false_negative_margin, normalize)
     weight = t.new_ones(len(queries)) if weight is None else weight.to(t.dtype)
-    total, first, key_ids, key_limit, gather = weight.sum(), 0, ids, limit, None
+    total, key_limit, gather = weight.sum(), limit, None
+    candidates = Candidates(keys, ids, negatives, negative_ids)
     if group is not None:
         gather = Gather(group, queries)
-        keys, first = gather(keys), gather.first
-        key_ids, key_limit = (None if x is None else gather(x) for x in (ids, limit))
-        if negatives is not None and negatives.ndim == 2:
-            of_pool = Gather(group, negatives)
-            negatives = of_pool(negatives)
-            negative_ids = None if negative_ids is None else of_pool(negative_ids)
+        candidates = candidates.of_every_rank(gather)
+        key_limit = None if limit is None else gather(limit)
         total = Gather(group, total[None])(total[None]).mean()
+    keys, key_ids, negatives, negative_ids, first = candidates
     marks = tiled.marks(queries, ids, key_ids, negative_ids, limit, key_limit)
     if reduction == "mean":
         weight = weight / torch.where(total == 0, 1.0, total)

@@ -342,7 +342,6 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
                 "pass its weight, with adapters merged into it"
             )
     check_float(op, **named)
-    rs.check_plain(op, **named)
     check_same_device(op, **named)
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"{op}: weight must be [vocab >= 1, hidden], got {tuple(weight.shape)}")

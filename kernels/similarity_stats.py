@@ -7,12 +7,19 @@ is `similarity_stats_ref`.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tercet.kernels import _similarity as tiled
 from tercet.kernels._checks import Impl
+from tercet.kernels._gather import Gather
 from tercet.kernels._typing import Float, Int
-from tercet.kernels.info_nce import check_candidates, choose_triton, scalar_temperature
+from tercet.kernels.info_nce import (
+    Candidates,
+    check_candidates,
+    choose_triton,
+    scalar_temperature,
+)
 from tercet.kernels.reference import SimilarityStats, accumulator_dtype
 
 
@@ -23,11 +30,14 @@ def _similarity_stats(
     negatives: Tensor | None,
     temperature: Tensor,
     marks: Sequence[Tensor],
+    first: int,
     normalize: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(queries):  # launches go to the current device
-        problem = tiled.prepare(queries, keys, negatives, temperature, marks, 0, normalize, triton)
+        problem = tiled.prepare(
+            queries, keys, negatives, temperature, marks, first, normalize, triton
+        )
         positive, lse, hardest, index, above = tiled.stats(problem)
     lse = torch.logaddexp(lse, positive * problem.scale)
     return positive, lse, hardest, index, above + 1, positive - hardest
@@ -50,11 +60,14 @@ def similarity_stats(
     normalize: bool = True,
     ids: Int[Tensor, " batch"] | None = None,
     negative_ids: Int[Tensor, "*batch m"] | None = None,
+    group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> SimilarityStats:
     """Similarity of each positive, log-sum-exp, hardest negative, rank and margin; no gradient.
 
-    Arguments as in `info_nce`; fields as in `tercet.kernels.SimilarityStats`.
+    Arguments as in `info_nce`; fields as in `tercet.kernels.SimilarityStats`.  With a group, the
+    index of the hardest negative counts the keys of all ranks, then the pool of all ranks, each
+    in the order of ranks.
 
     Raises:
         TypeError: a type or dtype.
@@ -65,6 +78,10 @@ def similarity_stats(
     triton = choose_triton(op, impl, queries)
     with torch.no_grad():
         t = scalar_temperature(temperature, queries)
-        marks = tiled.marks(queries, ids, ids, negative_ids)
-        found = _similarity_stats(queries, keys, negatives, t, marks, normalize, triton)
+        candidates = Candidates(keys, ids, negatives, negative_ids)
+        if group is not None:
+            candidates = candidates.of_every_rank(Gather(group, queries))
+        keys, key_ids, negatives, negative_ids, first = candidates
+        marks = tiled.marks(queries, ids, key_ids, negative_ids)
+        found = _similarity_stats(queries, keys, negatives, t, marks, first, normalize, triton)
     return SimilarityStats(*found)

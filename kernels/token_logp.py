@@ -259,7 +259,6 @@ def token_logp(
             backward: create_graph=True, a second backward, or logits changed in between.
     """
     check_float("token_logp", logits=logits)
-    rs.check_plain("token_logp", logits=logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"token_logp: logits must be [*, vocab >= 1], got {tuple(logits.shape)}")
     temperatures = rs.check_query("token_logp", targets, temperature, logits)

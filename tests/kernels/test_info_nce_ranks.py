@@ -1,4 +1,4 @@
-"""info_nce over the ranks of a group against one process that has all rows; uneven ranks, gloo.
+"""info_nce and similarity_stats over the ranks of a group against one process with all rows; gloo.
 
 This file runs itself once per rank.
 """
@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tercet.kernels import info_nce
+from tercet.kernels import info_nce, similarity_stats
 
 SIZES, POOLS, HIDDEN, OWN = (3, 6), (2, 1), 5, 2
 CASES = list(
     itertools.product([False, True], ["mean", "sum", "none"], [None, "pool", "own"], [False, True])
 )
+
+STATS = list(itertools.product([None, "pool", "own"], [False, True]))
 
 
 def problem(kind: str | None, everything: bool) -> tuple[list[Any], dict[str, Any], torch.Tensor]:
@@ -52,26 +54,36 @@ def step(inputs, dy, **options) -> list[torch.Tensor]:
     return [loss.detach(), *torch.autograd.grad((loss * dy).sum(), given)]
 
 
+def of_rank(kind: str | None, everything: bool, rank: int | None):
+    """The problem's part on one rank, or (None) all of it."""
+    inputs, options, dy = problem(kind, everything)
+    if rank is None:
+        return inputs, options, dy
+    pool = POOLS if kind == "pool" else SIZES
+    inputs = [share(x, sizes, rank) for x, sizes in zip(inputs, (SIZES, SIZES, pool), strict=True)]
+    for name, sizes in (("ids", SIZES), ("weight", SIZES), ("negative_ids", pool)):
+        if name in options:
+            options[name] = share(options[name], sizes, rank)
+    return inputs, options, share(dy, SIZES, rank)
+
+
 def call(case, rank: int | None, group=None) -> list[torch.Tensor]:
     """A case on one rank, or (None) on all rows at once."""
     symmetric, reduction, kind, everything = case
-    inputs, options, dy = problem(kind, everything)
+    inputs, options, dy = of_rank(kind, everything, rank)
     options["temperature"] = torch.tensor(0.3)
-    if rank is not None:
-        pool = POOLS if kind == "pool" else SIZES
-        inputs = [
-            share(x, sizes, rank) for x, sizes in zip(inputs, (SIZES, SIZES, pool), strict=True)
-        ]
-        for name, sizes in (("ids", SIZES), ("weight", SIZES), ("negative_ids", pool)):
-            if name in options:
-                options[name] = share(options[name], sizes, rank)
-        dy = share(dy, SIZES, rank)
     dy = dy if reduction == "none" else torch.tensor(1.0)
     margin = 0.4 if everything else None
     return step(
         inputs, dy, symmetric=symmetric, reduction=reduction, group=group,
         false_negative_margin=margin, **options,
     )  # fmt: skip
+
+
+def describe(kind: str | None, everything: bool, rank: int | None, group=None) -> list[Any]:
+    inputs, options, _ = of_rank(kind, everything, rank)
+    options.pop("weight", None)
+    return list(similarity_stats(*inputs, **options, group=group))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +113,14 @@ def test_ranks_together_are_one_process(case, ranks):
         torch.testing.assert_close(found * scale, expected, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("case", STATS, ids=str)
+def test_stats_of_ranks_together_are_one_process(case, ranks):
+    whole = describe(*case, None)
+    number = len(CASES) + STATS.index(case)
+    together = [torch.cat(parts) for parts in zip(*(found[number] for found in ranks), strict=True)]
+    torch.testing.assert_close(together, whole)
+
+
 def test_keys_of_one_text_on_every_rank_have_no_loss(ranks):
     loss, *grads = ranks[0][-2]
     assert loss == 0
@@ -123,6 +143,7 @@ def _main(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     group = dist.group.WORLD
     found = [call(case, rank, group) for case in CASES]
+    found += [describe(*case, rank, group) for case in STATS]
     one = torch.tensor(1.0)
     x, ids = torch.randn(2, HIDDEN), torch.zeros(2, dtype=torch.int64)
     found.append(step([x, x + 1, None], one, ids=ids, symmetric=True, group=group))

@@ -369,7 +369,7 @@ def test_sharded_tensors_are_refused(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         x = distribute_tensor(torch.zeros(2, 3, 4), mesh, [Shard(0)])
         mask = distribute_tensor(torch.ones(2, 3, dtype=torch.bool), mesh, [Shard(0)])
-        with pytest.raises(NotImplementedError, match=r"tercet\.masked_mean.*sharding strategy"):
+        with pytest.raises(TypeError, match=r"masked_mean: x must be a plain.*x\.full_tensor\(\)"):
             masked_mean(x, mask)
     finally:
         torch.distributed.destroy_process_group()

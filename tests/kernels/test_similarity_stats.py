@@ -183,7 +183,7 @@ def test_registration(impl, kind, device):
     marks = tiled.marks(q, torch.tensor([0, 0, 1], device=device), None, None)
     t = torch.tensor(0.3, device=device)
     op = torch.ops.tercet.similarity_stats.default
-    torch.library.opcheck(op, (q, k, n, t, marks, True, impl == "triton"))
+    torch.library.opcheck(op, (q, k, n, t, marks, 0, True, impl == "triton"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
