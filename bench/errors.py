@@ -21,8 +21,8 @@ import table
 OPS = ("masked_mean", "contrastive_reward", "info_nce", "token_logp", "linear_logp", "policy_head")
 
 
-def lines_of(bench: str) -> Iterator[dict[str, Any]]:
-    """One line per side of each of the op's cases."""
+def lines_of(bench: str, absent: list[str]) -> Iterator[dict[str, Any]]:
+    """One line per side of each of the op's cases; adds what peers lack to `absent`."""
     for (kind, dtype, inputs), make in importlib.import_module(bench).ACCURACY.items():
         case = make()
         probes = case.sides if case.probes is None else case.probes
@@ -31,6 +31,7 @@ def lines_of(bench: str) -> Iterator[dict[str, Any]]:
         facts = {"op": case.op, "case": label, "kind": kind, "dtype": str(dtype)[6:]}
         facts |= {"inputs": inputs, "sizes": dict(case.sizes), "device": harness.DEVICE.type}
         facts |= harness.environment(case.roster.packages)
+        absent += case.roster.absent
         judged_case = replace(case, probes=eager, limit=math.inf)  # shown, not refused
         judged = harness.judge(judged_case)
         failures = {side: found.failure for side, found in judged.items() if found.failure}
@@ -47,14 +48,15 @@ def main() -> None:
     parser.add_argument("op", nargs="*", choices=[[], *OPS], help="default: all")
     parser.add_argument("--out", type=Path, default=harness.results_file("errors"))
     args = parser.parse_args()
-    ran = []
+    ran, absent = [], []
     for bench in args.op or OPS:
-        found = list(lines_of(bench))
+        found = list(lines_of(bench, absent))
         ran += found
         harness.emit_case(found, args.out)
         for op in dict.fromkeys(line["op"] for line in found):
             print(f"\n{op}\n{table.errors_table([x for x in found if x['op'] == op])}")
     harness.drop_other_cases(ran, args.out)
+    print(f"\n{harness.wrote(args.out, absent=absent)}")
 
 
 if __name__ == "__main__":

@@ -235,7 +235,8 @@ def report(sides: dict[str, list[Numbers]], demo: GraceDemo, out: Path) -> None:
             f"completions {s['completion_length']:.1f} tokens"
         )
     if "TRL GRPO" not in shown:
-        print("  trl is not installed: not measured")
+        print(f"  TRL GRPO not run: {harness.remedy(['trl'])}")
+    print(harness.wrote(out))
 
 
 def main() -> None:

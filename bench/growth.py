@@ -206,6 +206,7 @@ def main() -> None:
     if not args.plot:
         ran = [line for s in SWEEPS if s.op in chosen for line in measure(s, args.out)]
         harness.drop_other_cases(ran, args.out)
+        print(harness.wrote(args.out))
     for op in chosen:
         lines = [line for line in harness.read(args.out) if line["op"] == op]
         if lines:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,28 @@ from typing import Any
 import accuracy
 import machine
 import pytest
-from lines import RESULTS, drop_other_cases, emit, emit_case, read, results_file
+from lines import RESULTS, drop_other_cases, emit, emit_case, read, results_file, shown
 from machine import DEVICE, DTYPE, Side, environment, extra_bytes
 from measure import LIMITS, Case, judge, time_sides, warm_up
-from peers import Peer, Roster, forget_compiled_code, roster
+from peers import Peer, Roster, forget_compiled_code, remedy, roster
 
 __all__ = [
     "DEVICE", "DTYPE", "LIMITS", "RESULTS", "Case", "Peer", "Roster", "Side", "as_test",
     "drop_other_cases", "emit", "emit_case", "environment", "extra_bytes", "judge", "main", "read",
-    "results_file", "roster", "run", "time_sides", "warm_up",
+    "remedy", "results_file", "roster", "run", "time_sides", "warm_up", "wrote",
 ]  # fmt: skip
+
+LEGEND = """
+ms            median of the rounds; p20-p80: a fifth of them took less, a fifth more
+x ours        ms over that of ours: below 1 the side is faster than we are
+of floor      share of what this machine's memory or products allow at best
+extra MB      most memory beyond arguments and results, in 1e6 bytes
+largest error against float64, as a share of its row's largest value, and the output it is in;
+              dx is the gradient of x
+compiled      seconds of torch.compile's first call, not in ms"""
+HOT = (
+    "hot ms        the same with what the side reads still in the L2 cache; for ms it is emptied\n"
+)
 
 
 def error_facts(errors: Mapping[str, float]) -> dict[str, Any]:
@@ -90,8 +102,8 @@ def show_error(line: Mapping[str, Any]) -> str:
     """Largest error and the output that has it, or a dash."""
     if "error" not in line:
         return "-"
-    shown = "not finite" if line["error"] is None else f"{line['error']:.1e}"
-    return f"{shown} {line['error_in']}"
+    size = "not finite" if line["error"] is None else f"{line['error']:.1e}"
+    return f"{size} in {line['error_in']}"
 
 
 def show(case: Case, lines: Mapping[str, Mapping[str, Any]]) -> None:
@@ -104,24 +116,29 @@ def show(case: Case, lines: Mapping[str, Mapping[str, Any]]) -> None:
         roofs += [f"{machine.matmul_gflop_per_s():.0f} GFLOP/s in a product"] if case.flops else []
         print(f"  floor of this machine {ours['floor_ms']:.2f} ms: {', '.join(roofs)}; {cold}")
     width = max(map(len, lines))
-    columns = (
-        f"{'ms':>9} {'p20-p80':>17} {'hot ms':>9} {'x ours':>7} {'of floor':>8} {'extra MB':>9}"
-    )
+    hot = f" {'hot ms':>9}" if "hot_ms" in ours else ""
+    columns = f"{'ms':>9} {'p20-p80':>17}{hot} {'x ours':>7} {'of floor':>8} {'extra MB':>9}"
     print(f"  {'':{width}} {columns}  largest error")
     for name, line in lines.items():
         if "not_run" in line:
             print(f"  {name:{width}} not run: {line['not_run']}")
             continue
         spread = f"{line['ms_p20']:.2f}-{line['ms_p80']:.2f}"
-        hot = f"{line['hot_ms']:.3f}" if "hot_ms" in line else "-"
+        hot = f" {line['hot_ms']:9.3f}" if "hot_ms" in line else ""
         share = f"{line['share_of_floor']:.0%}" if "share_of_floor" in line else "-"
         compiled = f"; compiled in {line['compile_s']:.0f} s" if "compile_s" in line else ""
         print(
-            f"  {name:{width}} {line['ms']:9.3f} {spread:>17} {hot:>9} {line['slower']:7.2f}"
+            f"  {name:{width}} {line['ms']:9.3f} {spread:>17}{hot} {line['slower']:7.2f}"
             f" {share:>8} {line['extra_mb']:9.2f}  {show_error(line)}{compiled}"
         )
     versions = ", ".join(f"{k} {v}" for k, v in ours["versions"].items())
     print(f"  {ours['rounds']} rounds of ours; load {ours['load_1min']}; {versions}")
+
+
+def wrote(*files: Path, absent: Iterable[str] = ()) -> str:
+    """What a bench says last: where its results are, and how to add the peers that it lacked."""
+    lines = [remedy(absent), f"wrote {', '.join(map(shown, files))}"]
+    return "\n".join(line for line in lines if line)
 
 
 def as_test(cases: Mapping[str, Callable[[], Case]]) -> Callable[..., None]:
@@ -143,7 +160,14 @@ def main(cases: Mapping[str, Callable[[], Case]]) -> None:
         "--out", type=Path, help="JSON lines file (default: bench/results/OP.jsonl)"
     )
     args = parser.parse_args()
-    ran = [run(cases[name](), out=args.out)["ours"] for name in args.case or cases]
+    ran, absent = [], []
+    for name in args.case or cases:
+        case = cases[name]()
+        absent += case.roster.absent
+        ran.append(run(case, out=args.out)["ours"])
+    files = dict.fromkeys(args.out or results_file(line["op"]) for line in ran)
     if not args.case:
-        for op in {line["op"] for line in ran}:
-            drop_other_cases(ran, args.out or results_file(op))
+        for file in files:
+            drop_other_cases(ran, file)
+    print(LEGEND.replace("x ours", HOT + "x ours") if DEVICE.type == "cuda" else LEGEND)
+    print(wrote(*files, absent=absent))

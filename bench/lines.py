@@ -17,6 +17,11 @@ def results_file(op: str) -> Path:
     return RESULTS / f"{op}.jsonl"
 
 
+def shown(out: Path) -> str:
+    """The path as a person in the current folder would write it."""
+    return str(out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out)
+
+
 def read(out: Path) -> list[dict[str, Any]]:
     """The lines of a results file; none when there is no file."""
     return [json.loads(text) for text in out.read_text().splitlines()] if out.exists() else []

@@ -16,7 +16,7 @@ from peers import Roster
 LIMITS = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # beyond: plainly wrong
 SIDE_BUDGET_MS = 3000.0  # of one case; a side that needs more runs fewer rounds
 FEWEST_ROUNDS = 3
-NOBODY = Roster({}, {}, (), ())
+NOBODY = Roster({}, {}, (), (), ())
 PEER_ERRORS = (  # what a peer raises on inputs or on a machine that it does not take
     RuntimeError, ValueError, TypeError, AssertionError, ImportError, LookupError, AttributeError,
 )  # fmt: skip

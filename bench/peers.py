@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
+import tomllib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from machine import DEVICE, installed
+from machine import DEVICE, ROOT, installed
 
 
 class Peer(NamedTuple):
@@ -36,11 +38,16 @@ class Roster(NamedTuple):
     not_run: dict[str, str]
     packages: tuple[str, ...]  # whose versions belong to the result
     compiled: tuple[str, ...]  # whose first call compiles
+    absent: tuple[str, ...]  # packages that are all that some peer lacks
 
 
 def cxx_compiler() -> str | None:
     """What torch.compile would call on a CPU."""
     return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _not_installed(package: str) -> str:
+    return f"{package} is not installed"
 
 
 def _reason(peer: Peer) -> str:
@@ -49,7 +56,7 @@ def _reason(peer: Peer) -> str:
     if peer.cuda and DEVICE.type != "cuda":
         reasons.append("needs CUDA")
     if installed(peer.package) is None:
-        reasons.append(f"{peer.package} is not installed")
+        reasons.append(_not_installed(peer.package))
     if peer.compile and DEVICE.type == "cpu" and cxx_compiler() is None:
         reasons.append("needs a C++ compiler")
     if peer.missing:
@@ -100,4 +107,21 @@ def roster(peers: Mapping[str, Peer]) -> Roster:
         not_run={name: reason for name, reason in reasons.items() if reason},
         packages=tuple(dict.fromkeys(peer.package for peer in peers.values())),
         compiled=tuple(name for name, peer in able.items() if peer.compile),
+        absent=tuple(
+            dict.fromkeys(
+                peer.package
+                for name, peer in peers.items()
+                if reasons[name] == _not_installed(peer.package)
+            )
+        ),
     )
+
+
+def remedy(absent: Iterable[str]) -> str:
+    """How to install what peers lack; empty when they lack nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = {re.split(r"[^\w-]", r)[0] for r in project["optional-dependencies"]["bench"]}
+    absent = sorted(set(absent))
+    commands = ["pip install -e '.[bench]'"] if extra & set(absent) else []
+    commands += [f"pip install {package}" for package in absent if package not in extra]
+    return f"not installed: {', '.join(absent)}; {' and '.join(commands)}" if absent else ""

@@ -1,4 +1,8 @@
-"""`tercet bench`: runs the benches of the source checkout, each in a process of its own."""
+"""`tercet bench`: runs the benches of the source checkout, each in a process of its own.
+
+Results go to runs/bench/ of the current folder.  The checkout's own, which README.md and
+docs/kernels.md show, lie in bench/results/; `make bench` measures those again.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,7 @@ SUMMARIES = {
     "growth": "time and memory as the sizes grow, plotted",
 }
 SCRIPTS = OPS | SYSTEMS | SUMMARIES
+RESULTS = Path("runs/bench")  # bench/results/ is tracked, and is not for a visitor to change
 
 
 def parse(argv: list[str], prog: str) -> argparse.Namespace:
@@ -41,9 +46,7 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
     )
     parser.add_argument("op", nargs="*", help="what to run")
     parser.add_argument("--case", nargs="+", default=[], help="cases of one op; default: all")
-    parser.add_argument(
-        "--out", type=Path, help="JSON lines file (default: bench/results/OP.jsonl)"
-    )
+    parser.add_argument("--out", type=Path, help=f"JSON lines file (default: {RESULTS}/OP.jsonl)")
     args = parser.parse_args(argv)
     unknown = [op for op in args.op if op not in SCRIPTS]
     if unknown:
@@ -65,12 +68,13 @@ def main(argv: list[str], prog: str) -> int:
             f"the benches must lie in a source checkout, got no folder {FOLDER}; "
             "clone the repository and install it with pip install -e '.[bench]'"
         )
-    options = ["--out", str(args.out.resolve())] if args.out else []
     failed = {}
     for op in args.op or OPS:
         # The script's own folder, not the current one, must lead the import path: the benches
         # import their harness from it, and a top-level `kernels` would shadow another package.
-        command = [sys.executable, str(FOLDER / f"{op}.py"), *args.case, *options]
+        out = (args.out or RESULTS / f"{op}.jsonl").resolve()
+        command = [sys.executable, str(FOLDER / f"{op}.py"), *args.case, "--out", str(out)]
+        command += ["--images", str(out.parent)] if op == "growth" else []
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         status = subprocess.run(command, check=False, env=environment).returncode
         if status:

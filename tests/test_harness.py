@@ -129,8 +129,8 @@ def test_error_stands_beside_the_time_of_every_side(tmp_path, capsys):
     assert "error" not in lines["bound"]
     assert lines["bound"]["bound"] is True
     shown = capsys.readouterr().out
-    assert "1.0e-03 dx" in shown
-    assert "not finite y" in shown
+    assert "1.0e-03 in dx" in shown
+    assert "not finite in y" in shown
 
 
 def test_probes_are_judged_in_place_of_the_sides(tmp_path):
@@ -187,6 +187,7 @@ def test_peers_that_cannot_run_are_named_with_the_reason(tmp_path, capsys, monke
         "too old": "needs torch 9",
     }
     assert roster.packages == ("torch", "no-such-package")
+    assert roster.absent == ()  # with the package it could not run either
     out = tmp_path / "toy.jsonl"
     harness.run(_case(roster=roster), out=out)
     lines = _written(out)
@@ -195,6 +196,40 @@ def test_peers_that_cannot_run_are_named_with_the_reason(tmp_path, capsys, monke
     assert "no-such-package" not in lines["ours"]["versions"]
     shown = capsys.readouterr().out
     assert "not run: needs a C++ compiler" in shown
+
+
+def test_what_peers_lack_is_said_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(peers, "installed", lambda package: "2.0" if package == "torch" else None)
+    found = peers.roster(
+        {"ours": Peer(torch.zeros), "a": Peer(torch.zeros, "trl"), "b": Peer(torch.ones, "trl")}
+    )
+    assert found.absent == ("trl",)
+    assert peers.remedy([]) == ""
+    assert peers.remedy(["trl", "liger-kernel", "trl"]) == (
+        "not installed: liger-kernel, trl; pip install -e '.[bench]'"
+    )
+    assert peers.remedy(["other"]) == "not installed: other; pip install other"
+    assert peers.remedy(["trl", "other"]) == (
+        "not installed: other, trl; pip install -e '.[bench]' and pip install other"
+    )
+
+
+def test_a_bench_ends_with_what_its_columns_mean_and_where_it_wrote(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs" / "toy.jsonl"
+    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(out)])
+    lacking = peers.Roster({}, {"peer": "trl is not installed"}, (), (), ("trl",))
+    harness.main({"toy": lambda: _case(roster=lacking)})
+    *shown, lack, last = capsys.readouterr().out.splitlines()
+    assert last == "wrote runs/toy.jsonl"
+    assert lack == "not installed: trl; pip install -e '.[bench]'"
+    assert out.exists()
+    hot = harness.DEVICE.type == "cuda"
+    for column in ("p20-p80", "x ours", "of floor", "extra MB", "largest error"):
+        assert sum(column in line for line in shown) == 2  # in the table's head and explained
+    assert ("hot ms" in "".join(shown)) == hot
+    monkeypatch.chdir(tmp_path / "runs")
+    assert harness.wrote(tmp_path / "a.jsonl", out) == f"wrote {tmp_path / 'a.jsonl'}, toy.jsonl"
 
 
 def test_compilation_is_reported_apart_and_not_in_the_median(tmp_path, monkeypatch):

@@ -62,6 +62,18 @@ def test_a_case_that_a_bench_does_not_know_is_wrong_usage(folder):
     assert main(["bench", "token_logp", "--case", "none"]) == 2
 
 
+def test_results_go_to_the_current_folder_and_not_into_the_checkout(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for op in ("token_logp", "growth"):
+        script = "import sys\nfrom pathlib import Path\n"
+        script += "Path('said').write_text(' '.join(sys.argv[1:]))"
+        (folder / f"{op}.py").write_text(script)
+        assert main(["bench", op]) == 0
+        results = tmp_path / "runs" / "bench"
+        images = f" --images {results}" if op == "growth" else ""
+        assert Path("said").read_text() == f"--out {results / op}.jsonl{images}"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
