@@ -1,6 +1,10 @@
 # `make demo` and `make test` need Python 3.11+ and a C++20 compiler, and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+# What pip is given for torch.  pip's default on Linux is the CUDA build, gigabytes of it.  The CPU build comes from
+# an index that PyTorch's installation page names, through pip's own variable, or from a wheel that lies on the disk:
+#   make demo PIP_EXTRA_INDEX_URL=URL        make demo TORCH=path/to/torch.whl
+TORCH ?= torch
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CSRC_BUILD := build/csrc
@@ -18,11 +22,15 @@ help:
 	@echo "make bench     speed and memory beside the peers, into bench/results/"
 	@echo "make evidence  the three-seed tables of docs/"
 	@echo "make gpu       GPU tests and benches with the Python that is active; installs nothing else"
+	@echo
+	@echo "The first call installs into $(VENV). PIP_EXTRA_INDEX_URL=URL or TORCH=WHEEL behind a target takes the CPU"
+	@echo "build of torch from there instead of gigabytes of CUDA; URL: the CPU index on PyTorch's installation page."
 
 $(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/src/*.?pp csrc/include/tercet/*.hpp bindings/*.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip -c constraints.txt
-	$(BIN)/pip install -q -c constraints.txt torch scikit-build-core pybind11 cmake ninja
+	@echo "installing $(TORCH) and the rest into $(VENV); make help says how to get torch without CUDA"
+	$(BIN)/pip install -q -c constraints.txt $(TORCH) scikit-build-core pybind11 cmake ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,eval]'
 	@touch $@
 
