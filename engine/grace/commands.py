@@ -6,18 +6,24 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tercet.engine.command_line import load_config
 from tercet.engine.data import check_text, read_rows
-from tercet.engine.files import follow_umask
-from tercet.engine.grace.held_out import EvalData, held_out
+from tercet.engine.files import follow_umask, replace_text
+from tercet.engine.glossary import MEANINGS, general
+from tercet.engine.grace.held_out import EvalData, HeldOut, held_out
 from tercet.engine.records import Pooling
 
 if TYPE_CHECKING:
+    from tercet.engine.grace.config import GraceConfig
     from tercet.engine.grace.encoder import GraceEncoder
+    from tercet.engine.grace.readout import Corpus
+
+StsPairs = tuple[list[str], list[str], list[float]]  # both sides of every pair, and their scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +66,14 @@ def encode(argv: Sequence[str], prog: str) -> int:
     encoder = _encoder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        options = _options(config, generate=config.generate)
-        encoded = encoder.encode(texts, normalize=config.normalize, **options)
+        encoded = encoder.encode(
+            texts,
+            generate=config.generate,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            seed=config.seed,
+            normalize=config.normalize,
+        )
         partial = Path(scratch) / folder.name
         partial.mkdir()
         save_file({"vectors": encoded.vectors.cpu()}, partial / "vectors.safetensors")
@@ -82,56 +94,91 @@ def encode(argv: Sequence[str], prog: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Measure an encoder on held-out pairs, without and with rationales.
+    """Measure an encoder on held-out rows, without and with rationales.
 
-    A checkpoint is measured on the rows that its run held out.  Other rows can be given; if the
-    run trained on some of them, their number is said.
+    A checkpoint is measured as its run measured it during training: on the rows that the run held
+    out, with its seeds and its sampling, so that the figures are those of its last evaluation.
+    Other rows or settings can be given; what differs is said, and so is the number of rows that
+    the run trained on.
     """
 
     model: str  # checkpoint folder, or any causal LM with a chat template
     data: EvalData = field(default_factory=EvalData)
     sts: str | None = None  # .jsonl or .parquet with sentence1, sentence2 and score
+    output: str | None = None  # a JSON file that gets the figures too
     max_completion_length: int | None = None  # None: as the model was trained, else 256
-    temperature: float = 1.0
-    seed: int = 0
+    temperature: float | None = None  # 0 is greedy; None: as the run measured, else 1
+    seed: int | None = None  # of the samples; None: as the run measured, else 0
     pooling: Pooling | None = None  # None: as the model was trained
     max_batch_size: int = 64
     device: str | None = None  # None: CUDA where there is one
 
 
 def evaluate(argv: Sequence[str], prog: str) -> int:
-    """Prints one JSON object per mode: rows, retrieval, anisotropy, distinct rationales, loss.
+    """Prints a table of what training logs as eval/..., without and with rationales.
 
     Raises:
         ConfigError: as `load_config`.
-        FileNotFoundError, OSError: no such data or model, or one that cannot be read.
+        FileNotFoundError, OSError: no such data or model, or one that cannot be read; output
+            cannot be written.
         ValueError: as `held_out`, `read_rows`, `GraceEncoder.from_pretrained` and
             `GraceEncoder.encode`; fewer than two rows to measure; a score that is no finite number.
     """
     config = load_config(EvalConfig, argv, prog=prog)
-
-    from tercet.engine.grace.evaluate import held_out_loss
-
+    if config.output is not None and not Path(config.output).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"eval: output must be a file in a folder that exists, got {config.output}; make it"
+        )
     found = held_out(config.model, config.data)
-    pairs = found.pairs
-    sys.stderr.writelines(f"{prog}: {note}\n" for note in found.notes)
-    if len(pairs) < 2:
+    if len(found.examples) < 2:
         raise ValueError(
-            f"eval: there must be at least two held-out rows with a query, got {len(pairs)}; "
-            "raise data.test_fraction or set data.test_path, with data.mode supervised"
+            f"eval: there must be at least two held-out rows, got {len(found.examples)}; name "
+            "rows that were not trained on with --data.test-path"
         )
     sts = None if config.sts is None else _read_sts(config.sts)
-    encoder = _encoder(config)
-    documents = [document for _, document in pairs]
-    loss = held_out_loss(encoder.policy, documents)
-    for generate in (False, True):
-        measures = _retrieval(encoder, pairs, config, generate=generate)
-        if sts is not None:
-            measures["sts_spearman"] = _sts(encoder, sts, _options(config, generate=generate))
-        rows = {"rows": len(pairs), "rows_trained_on": found.num_trained_on}
-        line = {"rationales": generate, **rows, **measures, "held_out_loss_nats": loss}
-        sys.stdout.write(json.dumps(line) + "\n")
+
+    from tercet.engine.grace.evaluate import held_out_loss
+    from tercet.engine.grace.readout import corpus_of, sampling_of
+
+    how = {"temperature": 1.0, "seed": 0} if found.run is None else sampling_of(found.run)
+    given = {"temperature": config.temperature, "seed": config.seed}
+    how |= {name: value for name, value in given.items() if value is not None}
+    sys.stderr.writelines(f"{prog}: {note}\n" for note in [*found.notes, *_notes(found, how)])
+    encoder = _encoder(config, found.run)
+    how["max_completion_length"] = config.max_completion_length or encoder.max_completion_length
+    corpus = corpus_of(found.examples)
+    with _precision(encoder, found.run):
+        columns = {
+            name: _measured(encoder, corpus, sts, {**how, "generate": generate})
+            for name, generate in (("no_rationale", False), ("rationale", True))
+        }
+    columns["no_rationale"]["eval/held_out_loss"] = held_out_loss(encoder.policy, corpus.documents)
+    rows = {"rows": len(found.examples), "rows_trained_on": found.num_trained_on}
+    _show(f"{config.model}: {len(found.examples)} rows, {_told(how)}", columns)
+    if config.output is not None:
+        facts = {"model": config.model, **rows, "settings": {**how, "pooling": encoder.pooling}}
+        replace_text(Path(config.output), json.dumps(facts | columns, indent=2) + "\n")
+        sys.stdout.write(f"wrote {config.output}\n")
     return 0
+
+
+def _notes(found: HeldOut, how: dict[str, Any]) -> list[str]:
+    """What a reader of the figures should know."""
+    from tercet.engine.grace.readout import sampling_of
+
+    before = {} if found.run is None else sampling_of(found.run)
+    changed = [f"{k} {v} -> {how[k]}" for k, v in before.items() if how[k] != v]
+    notes = [f"not as the run measured ({', '.join(changed)})"] if changed else []
+    if how["temperature"] == 0 and all(example.query is None for example in found.examples):
+        notes.append(
+            "greedy rationales of a text are all the same, so each text finds itself: retrieval "
+            "says nothing; set --temperature"
+        )
+    return notes
+
+
+def _told(how: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in how.items())
 
 
 def _text(row: dict[str, object], column: str, where: str) -> str:
@@ -143,64 +190,72 @@ def _text(row: dict[str, object], column: str, where: str) -> str:
     return check_text("encode", column, row[column], where)
 
 
-def _encoder(config: EncodeConfig | EvalConfig) -> GraceEncoder:
+def _encoder(config: EncodeConfig | EvalConfig, run: GraceConfig | None = None) -> GraceEncoder:
     import torch
 
     from tercet.engine.grace.encoder import GraceEncoder
 
     return GraceEncoder.from_pretrained(
         config.model,
+        dtype=torch.bfloat16 if run is not None and run.dtype == "bfloat16" else torch.float32,
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         pooling=config.pooling,
         max_batch_size=config.max_batch_size,
     )
 
 
-def _options(config: EncodeConfig | EvalConfig, *, generate: bool) -> dict[str, Any]:
-    return {
-        "generate": generate,
-        "max_completion_length": config.max_completion_length,
-        "temperature": config.temperature,
-        "seed": config.seed,
-    }
+def _precision(encoder: GraceEncoder, run: GraceConfig | None) -> AbstractContextManager[object]:
+    """That in which the run trained."""
+    import torch
+
+    bf16 = run is not None and run.train.bf16
+    return torch.autocast(encoder.policy.device.type, torch.bfloat16, enabled=bf16)
 
 
-def _retrieval(
-    encoder: GraceEncoder, pairs: list[tuple[str, str]], config: EvalConfig, *, generate: bool
+def _measured(
+    encoder: GraceEncoder, corpus: Corpus, sts: StsPairs | None, how: dict[str, Any]
 ) -> dict[str, float]:
-    from tercet.engine.grace.evaluate import anisotropy, distinct_share, retrieval_metrics
+    """One column of the table, under the names that training uses."""
+    from tercet.engine.grace.readout import measures, read_out
 
-    distinct = list(dict.fromkeys(document for _, document in pairs))
-    place = {document: i for i, document in enumerate(distinct)}
-    options = _options(config, generate=generate)
-    queries = encoder.encode([query for query, _ in pairs], **options)
-    documents = encoder.encode(distinct, **options)
-    relevant = [{place[document]} for _, document in pairs]
-    measures = retrieval_metrics(queries.vectors, documents.vectors, relevant)
-    measures["anisotropy"] = anisotropy(documents.vectors)
-    if generate:
-        measures["distinct_rationales"] = distinct_share(documents.rationales)
-        measures["truncated"] = documents.num_truncated / len(distinct)
-    return measures
+    found = measures(corpus, *read_out(encoder, corpus, **how))
+    if sts is not None:
+        found["sts_spearman"] = _sts(encoder, sts, how)
+    return {f"eval/{name}": value for name, value in found.items()}
 
 
-def _read_sts(path: str) -> tuple[list[str], list[str], list[float]]:
+def _show(title: str, columns: dict[str, dict[str, float]]) -> None:
+    """The measures as a table, and below it what each means."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    keys = list(dict.fromkeys(key for column in reversed(columns.values()) for key in column))
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for key in keys:
+        table.add_row(key, *[f"{c[key]:.3f}" if key in c else "-" for c in columns.values()])
+    console = Console(highlight=False)
+    console.print(title, table, sep="\n", markup=False, soft_wrap=True)
+    for name in dict.fromkeys(map(general, keys)):
+        console.print(f"{name:<20}{MEANINGS[name]}", style="dim", markup=False, soft_wrap=True)
+
+
+def _read_sts(path: str) -> StsPairs:
     """Both sides of every pair, and their scores."""
     rows = read_rows(path, required=["sentence1", "sentence2"])
     scores = [_number(row.get("score"), rows.where(i)) for i, row in enumerate(rows)]
     return [str(r["sentence1"]) for r in rows], [str(r["sentence2"]) for r in rows], scores
 
 
-def _sts(
-    encoder: GraceEncoder,
-    pairs: tuple[list[str], list[str], list[float]],
-    options: dict[str, Any],
-) -> float:
+def _sts(encoder: GraceEncoder, pairs: StsPairs, how: dict[str, Any]) -> float:
     import torch
 
     from tercet.engine.grace.evaluate import sts_spearman
 
-    first, second = (encoder.encode(texts, **options).vectors for texts in pairs[:2])
+    first, second = (encoder.encode(texts, **how).vectors for texts in pairs[:2])
     return sts_spearman(first, second, torch.tensor(pairs[2]))
 
 

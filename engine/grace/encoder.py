@@ -25,7 +25,14 @@ from tercet.engine.grace.config import EncoderSettings
 from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
 from tercet.engine.model import Policy, evaluating
 from tercet.engine.pooling import find_pool
-from tercet.engine.records import Pooling, Request, SamplingParams, pack, split_by_tokens
+from tercet.engine.records import (
+    Completion,
+    Pooling,
+    Request,
+    SamplingParams,
+    pack,
+    split_by_tokens,
+)
 from tercet.engine.sampler import Sampler, TransformersSampler
 from tercet.kernels._typing import Float
 
@@ -36,6 +43,7 @@ class Encoded:
 
     vectors: Float[Tensor, "n hidden"]
     rationales: list[str]  # of each text's first sample; "" without generation
+    lengths: list[int]  # tokens of these, the end token included; [] without generation
     num_truncated: int = 0  # texts with a rationale that was cut off by max_completion_length
     num_prompts_truncated: int = 0  # texts that lost their end to fit max_prompt_length
     samples: list[list[str]] | None = None  # every rationale of each text, when num_samples > 1
@@ -63,6 +71,7 @@ class GraceEncoder:
         pooling: Pooling = "mean",
         max_batch_size: int = 64,
         max_tokens_per_batch: int = 16_384,
+        sampler: Sampler | None = None,
     ) -> None:
         """Encodes with `policy` as it is at each call; it may be trained in between.
 
@@ -74,6 +83,7 @@ class GraceEncoder:
             pooling: how hidden states become a vector; the one the policy was trained with.
             max_batch_size: rationales written at once; memory and speed only.
             max_tokens_per_batch: of a forward pass without generation; memory only.
+            sampler: of this very policy, one that pools; None: a `TransformersSampler`.
 
         Raises:
             ValueError: no tokenizer, or one that `PromptBuilder` refuses; no such pooling.
@@ -92,7 +102,11 @@ class GraceEncoder:
         self.pooling: Pooling = pooling
         self.max_completion_length = max_completion_length
         self.max_tokens_per_batch = max_tokens_per_batch
-        self.sampler: Sampler = TransformersSampler(policy, max_batch_size=max_batch_size)
+        self.sampler: Sampler = (
+            TransformersSampler(policy, max_batch_size=max_batch_size)
+            if sampler is None
+            else sampler
+        )
 
     @classmethod
     def from_pretrained(
@@ -192,7 +206,7 @@ class GraceEncoder:
             seeds = [[_seed(seed, text, k) for k in range(num_samples)] for text in distinct]
             written = self._write(prompts, seeds, params)
         else:
-            written = _Written(self._embed(prompts)[:, None], [[""]] * len(prompts), [])
+            written = _Written(self._embed(prompts)[:, None], [[""]] * len(prompts), [], [])
         _check_finite(written.vectors, distinct)
         place = {text: i for i, text in enumerate(distinct)}
         rows = [place[text] for text in texts] if repeatable else list(range(len(texts)))
@@ -219,16 +233,16 @@ class GraceEncoder:
         ]
         vectors = torch.zeros(0, 1, self.policy.hidden_size, device=self.policy.device)
         if not requests:
-            return _Written(vectors, [], [])
+            return _Written(vectors, [], [], [])
         completions = self.sampler.sample(requests)
-        pooled = [c.embedding for c in completions if c.embedding is not None]
-        vectors = torch.stack(pooled).unflatten(0, (len(prompts), -1))
+        vectors = stack_embeddings(completions).unflatten(0, (len(prompts), -1))
         texts = [str(self.tokenizer.decode(c.ids, skip_special_tokens=True)) for c in completions]
         step = len(requests) // len(prompts)
         runs = [slice(start, start + step) for start in range(0, len(requests), step)]
         return _Written(
             vectors=vectors,
             rationales=[[text.strip() for text in texts[run]] for run in runs],
+            lengths=[len(completions[run][0].ids) for run in runs],
             cut=[not all(c.finished for c in completions[run]) for run in runs],
         )
 
@@ -248,7 +262,23 @@ class _Written(NamedTuple):
 
     vectors: Float[Tensor, "n samples hidden"]  # not normalised
     rationales: list[list[str]]
+    lengths: list[int]  # tokens of the first one; [] without generation
     cut: list[bool]  # a rationale ran out of its budget; [] without generation
+
+
+def stack_embeddings(completions: Sequence[Completion]) -> Float[Tensor, "rows hidden"]:
+    """The pooled embeddings of completions.
+
+    Raises:
+        ValueError: a completion without one.
+    """
+    embeddings = [c.embedding for c in completions if c.embedding is not None]
+    if len(embeddings) < len(completions):
+        raise ValueError(
+            f"stack_embeddings: every completion must have an embedding, got none for "
+            f"{len(completions) - len(embeddings)} of {len(completions)}; use a sampler that pools"
+        )
+    return torch.stack(embeddings)
 
 
 def pool_prompts(
@@ -293,6 +323,7 @@ def _encoded(
     return Encoded(
         vectors=vectors,
         rationales=[written.rationales[row][0] for row in rows],
+        lengths=[written.lengths[row] for row in rows] if written.lengths else [],
         num_truncated=sum(written.cut[row] for row in rows) if written.cut else 0,
         num_prompts_truncated=sum(prompts[row].truncated for row in rows),
         samples=[list(written.rationales[row]) for row in rows] if several else None,

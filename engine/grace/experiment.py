@@ -28,6 +28,7 @@ from tercet.engine.grace.encoder import GraceEncoder
 from tercet.engine.grace.evaluate import held_out_loss
 from tercet.engine.grace.fit import FitConfig, fit
 from tercet.engine.grace.prompts import PromptBuilder
+from tercet.engine.grace.readout import Corpus, corpus_of
 from tercet.engine.grace.rewards import Form, RewardConfig
 from tercet.engine.grace.scratch import (
     PretrainConfig,
@@ -36,7 +37,7 @@ from tercet.engine.grace.scratch import (
     build_policy,
     build_tokenizer,
 )
-from tercet.engine.grace.table import Corpus, bm25_row, encoder_row, markdown_table
+from tercet.engine.grace.table import bm25_row, encoder_row, markdown_table
 from tercet.engine.grace.training import train
 from tercet.engine.metrics import RunLog, check_run_folder
 from tercet.engine.model import Policy
@@ -53,7 +54,7 @@ COLUMNS = {
     "distinct_share": "distinct",
     "words_in_text": "words in text",
     "words_in_partner": "in partner",
-    "truncated_share": "cut off",
+    "clipped_ratio": "cut off",
     "held_out_loss": "nats/token",
 }
 
@@ -114,7 +115,7 @@ class Pairs:
     @property
     def corpus(self) -> Corpus:
         """The held-out pairs."""
-        return Corpus(queries=[q for q, _ in self.test], documents=[a for _, a in self.test])
+        return corpus_of([Example(query=q, document=a) for q, a in self.test])
 
 
 def worked_answer(answer: str) -> str:

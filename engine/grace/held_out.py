@@ -6,12 +6,12 @@ are measured nevertheless are counted.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tercet.engine.config import read_record
 from tercet.engine.files import sha256
-from tercet.engine.grace.config import GraceData, Mode
+from tercet.engine.grace.config import GraceConfig, GraceData, Mode
 from tercet.engine.grace.data import Example, load_dataset, num_shared
 
 SPLIT = ("path", "mode", "columns", "remove", "test_path", "test_fraction", "split_seed")
@@ -26,25 +26,31 @@ class EvalData:
 
     path: str | None = None  # .jsonl or .parquet; the training rows and, without test_path, these
     test_path: str | None = None  # held-out rows
-    mode: Mode | None = None  # "supervised" for a run on texts alone
+    mode: Mode | None = None  # pairs (supervised), or texts alone (unsupervised)
     # pairs of our name and the file's: --data.columns query question positive answer
     columns: dict[str, str] | None = None
     remove: str | None = None  # regular expression; what it matches is deleted from every text
-    test_fraction: float | None = None
-    split_seed: int | None = None
+    test_fraction: float | None = None  # of the rows of path, after a shuffle
+    split_seed: int | None = None  # of that shuffle
+    num_texts: int | None = None  # rows measured, at most; None: as many as the run, else all
+
+    def __post_init__(self) -> None:
+        if self.num_texts is not None and self.num_texts < 2:
+            raise ValueError(f"EvalData: num_texts must be >= 2, got {self.num_texts}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
     """Rows to measure, and what is known about them."""
 
-    pairs: list[tuple[str, str]]  # query, document
-    num_trained_on: int | None  # of the pairs; None: nobody knows
+    examples: list[Example]
+    num_trained_on: int | None  # of the examples; None: nobody knows
+    run: GraceConfig | None  # settings of the run that wrote the checkpoint
     notes: list[str]  # one sentence each
 
 
 def held_out(model: str, given: EvalData) -> HeldOut:
-    """The pairs to measure a model on.
+    """The rows to measure a model on.
 
     Args:
         model: a checkpoint folder, or any other model: then `given` must say where rows are.
@@ -54,47 +60,57 @@ def held_out(model: str, given: EvalData) -> HeldOut:
         FileNotFoundError: no such file.
         ValueError: as `load_dataset`; no rows are known; a tercet.json that cannot be used.
     """
-    run, digests, notes = _data_of_run(Path(model).expanduser())
-    run = None if run is None else _where_it_is(run, digests, given)
-    data = _merged(run, given)
-    dataset = load_dataset(data)
-    pairs = [e for e in dataset.test if e.query is not None]
-    trained: list[Example] | None = None
-    if run is not None:
+    run, digests, notes = _run_of(Path(model).expanduser())
+    before = None if run is None else _where_it_is(run.data, digests, given)
+    data = _merged(before, given)
+    examples = load_dataset(data).test
+    if before is not None:
         changed = [
             f"{name} {old!r} -> {new!r}"
             for name in SPLIT
-            if (old := getattr(run, name)) != (new := getattr(data, name))
+            if (old := getattr(before, name)) != (new := getattr(data, name))
         ]
         if changed:
             notes.append(f"not the held-out rows of the run ({', '.join(changed)})")
-        trained = _rows_of_run(run, digests, notes)
-    num_trained_on = None if trained is None else num_shared(pairs, trained)
+    examples = _first(examples, run, given, notes)
+    trained = None if before is None else _rows_of_run(before, digests, notes)
+    num_trained_on = None if trained is None else num_shared(examples, trained)
     if num_trained_on:
         notes.append(
-            f"{num_trained_on} of {len(pairs)} rows measured are rows that the run trained on"
+            f"{num_trained_on} of {len(examples)} rows measured are rows that the run trained on"
         )
-    return HeldOut(
-        pairs=[(str(e.query), e.document) for e in pairs],
-        num_trained_on=num_trained_on,
-        notes=notes,
-    )
+    return HeldOut(examples=examples, num_trained_on=num_trained_on, run=run, notes=notes)
 
 
-def _data_of_run(
-    checkpoint: Path,
-) -> tuple[GraceData | None, dict[str, str], list[str]]:
-    """Data settings and digests of the run that wrote a checkpoint, and what to know without."""
+def _first(
+    examples: list[Example], run: GraceConfig | None, given: EvalData, notes: list[str]
+) -> list[Example]:
+    """As many rows as are asked for, or as the run measured."""
+    limit = given.num_texts or (run.evaluation.num_texts if run else 0) or len(examples)
+    if given.num_texts is None and limit < len(examples):
+        notes.append(
+            f"the first {limit} of {len(examples)} held-out rows are measured, as in training; "
+            f"--data.num-texts {len(examples)} measures all"
+        )
+    return examples[:limit]
+
+
+def _run_of(checkpoint: Path) -> tuple[GraceConfig | None, dict[str, str], list[str]]:
+    """Settings and data digests of the run that wrote a checkpoint, and what to know without."""
     from tercet.engine.checkpoint import RUN, read_run  # loads torch
 
     about = read_run(checkpoint)
     settings, digests = about.get("settings"), about.get("data_sha256", {})
-    data = settings.get("data") if isinstance(settings, dict) else None
-    if not isinstance(data, dict) or not isinstance(digests, dict):
+    if (
+        not isinstance(settings, dict)
+        or not isinstance(settings.get("data"), dict)
+        or not isinstance(digests, dict)
+    ):
         unknown = f"{checkpoint / RUN} does not say which rows the model was trained on"
         return None, {}, [unknown] if about else []
-    found = read_record(GraceData, data, f"eval: {checkpoint / RUN}")
-    return replace(found, num_negatives=None), digests, []  # negatives are not measured
+    found = read_record(GraceConfig, settings, f"eval: {checkpoint / RUN}")
+    # negatives are not measured
+    return replace(found, data=replace(found.data, num_negatives=None)), digests, []
 
 
 def _where_it_is(run: GraceData, digests: dict[str, str], given: EvalData) -> GraceData:
@@ -111,7 +127,7 @@ def _where_it_is(run: GraceData, digests: dict[str, str], given: EvalData) -> Gr
 
 
 def _merged(run: GraceData | None, given: EvalData) -> GraceData:
-    chosen = {name: value for name, value in asdict(given).items() if value is not None}
+    chosen = {name: value for name in SPLIT if (value := getattr(given, name)) is not None}
     if run is None:
         path = given.path or given.test_path
         if path is None:

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from tercet.engine.grace.config import GraceConfig
 from tercet.engine.grace.data import Dataset, Epochs, Example
-from tercet.engine.grace.evaluate import anisotropy, distinct_share, retrieval_metrics
-from tercet.engine.grace.prompts import Prompt, PromptBuilder
+from tercet.engine.grace.encoder import GraceEncoder, stack_embeddings
+from tercet.engine.grace.prompts import Prompt
+from tercet.engine.grace.readout import corpus_of, measures, read_out, sampling_of
 from tercet.engine.grace.rewards import grace_reward
 from tercet.engine.model import Policy
-from tercet.engine.records import Completion, Request, Rewards, Rollouts, SamplingParams
-from tercet.engine.rollout import request_seed
+from tercet.engine.records import Request, Rewards, Rollouts, SamplingParams
 from tercet.engine.sampler import Sampler
 from tercet.kernels._typing import Float, Int
 
 SAMPLED_GROUPS = 2  # groups per step that samples.jsonl shows, each by its best and worst rollout
-EVAL_STEP = 0  # of the request seeds: training counts from 1
 
 
 class GraceSystem:
@@ -60,14 +59,17 @@ class GraceSystem:
             )
         self.config = config
         self.dataset = dataset
-        self.sampler = sampler
         self.device = policy.device
         self.tokenizer = policy.tokenizer
-        self.prompt = PromptBuilder(
-            policy.tokenizer,
+        self.encoder = GraceEncoder(
+            policy,
             max_prompt_length=config.data.max_prompt_length,
             system_prompt=config.data.system_prompt,
+            max_completion_length=config.max_completion_length,
+            pooling=config.pooling,
+            sampler=sampler,
         )
+        self.prompt = self.encoder.prompt
         self._epochs = Epochs(len(dataset.train), config.train.seed)
         self._rollout = SamplingParams(
             max_completion_length=config.max_completion_length,
@@ -119,31 +121,17 @@ class GraceSystem:
         return replace(rewards, counts=rewards.counts | self._counts(rollouts, group_ids))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Retrieval on held-out rows, query -> document (unsupervised: a text -> itself).
+        """`measures` of the held-out rows, with the same seeds at every step; see readout.py.
 
-        Every text is sampled once with the same seeds at every step.  {} without two held-out rows.
+        {} without two held-out rows.  Computes in the precision of training.
         """
-        examples = self.dataset.test[: self.config.evaluation.num_texts]
+        config = self.config
+        examples = self.dataset.test[: config.evaluation.num_texts]
         if len(examples) < 2:
             return {}
-        documents = list(dict.fromkeys(example.document for example in examples))
-        place = {text: i for i, text in enumerate(documents)}
-        relevant: dict[str, set[int]] = {}  # a query may have several documents
-        for example in examples:
-            query = example.document if example.query is None else example.query
-            relevant.setdefault(query, set()).add(place[example.document])
-        completions = self._write([*documents, *relevant])
-        vectors = stack_embeddings(completions)
-        about = vectors[: len(documents)]
-        found = retrieval_metrics(vectors[len(documents) :], about, list(relevant.values()))
-        rationales = [str(self.tokenizer.decode(c.ids)) for c in completions[: len(documents)]]
-        return {
-            **{name: found[name] for name in ("recall@1", "recall@10", "ndcg@10", "mrr")},
-            **({"anisotropy": anisotropy(about)} if len(documents) > 1 else {}),
-            "distinct_share": distinct_share(rationales),
-            "mean_length": sum(len(c.ids) for c in completions) / len(completions),
-            "clipped_ratio": sum(not c.finished for c in completions) / len(completions),
-        }
+        corpus = corpus_of(examples)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.bf16):
+            return measures(corpus, *read_out(self.encoder, corpus, **sampling_of(config)))
 
     def samples(self, rollouts: Rollouts, rewards: Rewards) -> list[dict[str, Any]]:
         """Best and worst rollout of the first groups, with texts and reward parts."""
@@ -166,17 +154,6 @@ class GraceSystem:
             pooling=self.config.pooling,
             truncated=prompt.truncated,
         )
-
-    def _write(self, texts: Sequence[str]) -> list[Completion]:
-        """One completion per text, seeded by its place, under the precision of training."""
-        params = replace(self._rollout, temperature=self.config.evaluation.temperature)
-        seeds = [request_seed(self.config.train.seed, EVAL_STEP, i) for i in range(len(texts))]
-        requests = [
-            self._request(self.prompt(text), i, "evaluation", replace(params, seed=seed))
-            for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
-        ]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.bf16):
-            return self.sampler.sample(requests)
 
     def _embeddings(self, rollouts: Rollouts, rows: Sequence[int]) -> Float[Tensor, "rows hidden"]:
         return stack_embeddings([rollouts.completions[i] for i in rows])
@@ -214,21 +191,6 @@ class GraceSystem:
         """The user's text in a prompt, as far as it was kept."""
         stop = len(request.prompt_ids) - len(self.prompt.suffix_ids)
         return str(self.tokenizer.decode(request.prompt_ids[len(self.prompt.prefix_ids) : stop]))
-
-
-def stack_embeddings(completions: Sequence[Completion]) -> Float[Tensor, "rows hidden"]:
-    """The pooled embeddings of completions.
-
-    Raises:
-        ValueError: a completion without one.
-    """
-    embeddings = [c.embedding for c in completions if c.embedding is not None]
-    if len(embeddings) < len(completions):
-        raise ValueError(
-            f"stack_embeddings: every completion must have an embedding, got none for "
-            f"{len(completions) - len(embeddings)} of {len(completions)}; use a sampler that pools"
-        )
-    return torch.stack(embeddings)
 
 
 def shared_text_ids(rollouts: Rollouts) -> Int[Tensor, " groups"]:

@@ -5,67 +5,50 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tercet.engine.grace.encoder import GraceEncoder
-from tercet.engine.grace.evaluate import (
-    anisotropy,
-    distinct_share,
-    mean_and_spread,
-    retrieval_metrics,
-    score_metrics,
-)
+from tercet.engine.grace.evaluate import mean_and_spread, score_metrics
+from tercet.engine.grace.readout import Corpus, measures, read_out
 from tercet.kernels._typing import Float
 
 WORD = re.compile(r"[A-Za-z][A-Za-z'’]+|\d[\d.,/]*\d|\d")  # two letters or more, or a number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Corpus:
-    """Held-out texts; document i answers query i."""
-
-    queries: list[str]
-    documents: list[str]
-
-    @property
-    def relevant(self) -> Tensor:
-        """The document of each query."""
-        return torch.arange(len(self.queries))
-
-
 def encoder_row(encoder: GraceEncoder, corpus: Corpus, **how: Any) -> dict[str, float]:
-    """Retrieval and spread of an encoder's vectors, queries and documents encoded alike.
+    """`measures` of an encoder on a corpus, and how much its rationales copy.
 
-    Recall alone hides a collapse: anisotropy is the mean cosine of two documents, distinct_share
-    the share of different rationales among the documents'.  words_in_text and words_in_partner are
-    the share of a rationale's words that its text has, and that the text it belongs to has.
+    words_in_text and words_in_partner are the share of a rationale's words that its text has, and
+    that the text it belongs to has.
 
     Args:
         encoder: see `GraceEncoder`.
         corpus: what is searched.
-        how: of `GraceEncoder.encode`; generate=False is the untrained literature's "base" row.
+        how: of `read_out`; generate=False is the untrained literature's "base" row.
     """
-    queries = encoder.encode(corpus.queries, **how)
-    documents = encoder.encode(corpus.documents, **how)
-    row = retrieval_metrics(queries.vectors, documents.vectors, corpus.relevant)
-    row["anisotropy"] = anisotropy(documents.vectors)
+    queries, documents = read_out(encoder, corpus, **how)
+    row = measures(corpus, queries, documents)
     row["prompts_truncated"] = float(
         queries.num_prompts_truncated + documents.num_prompts_truncated
     )
-    if how.get("generate", True):
-        row["distinct_share"] = distinct_share(documents.rationales)
+    if documents.lengths:
         rationales = [*queries.rationales, *documents.rationales]
-        texts = [*corpus.queries, *corpus.documents]
-        partners = [*corpus.documents, *corpus.queries]
-        row["words_in_text"] = word_overlap(rationales, texts)
-        row["words_in_partner"] = word_overlap(rationales, partners)
-        cut = queries.num_truncated + documents.num_truncated
-        row["truncated_share"] = cut / (len(queries) + len(documents))
+        row["words_in_text"] = word_overlap(rationales, [*corpus.queries, *corpus.documents])
+        row["words_in_partner"] = word_overlap(rationales, _partners(corpus))
     return row
+
+
+def _partners(corpus: Corpus) -> list[str]:
+    """What belongs to each query and to each document, as one text."""
+    documents = [[corpus.documents[j] for j in found] for found in corpus.relevant]
+    queries: list[list[str]] = [[] for _ in corpus.documents]
+    for query, found in zip(corpus.queries, corpus.relevant, strict=True):
+        for j in found:
+            queries[j].append(query)
+    return [" ".join(texts) for texts in (*documents, *queries)]
 
 
 def word_overlap(rationales: Sequence[str], texts: Sequence[str]) -> float:

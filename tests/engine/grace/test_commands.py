@@ -9,9 +9,12 @@ from safetensors.torch import load_file
 
 from tercet.engine.cli import main
 from tercet.engine.files import sha256
-from tercet.engine.grace import GraceEncoder
+from tercet.engine.glossary import MEANINGS, general
+from tercet.engine.grace import GraceConfig, GraceEncoder, train
 from tercet.engine.grace.commands import _read_sts
+from tercet.engine.grace.config import GraceData, GraceEval
 from tercet.engine.model import Policy
+from tercet.engine.train_config import TrainConfig
 
 PAIRS = [{"query": f"cat {i}", "positive": f"dog {i}"} for i in range(6)]
 
@@ -29,6 +32,7 @@ def checkpoint(tiny_policy, tmp_path):
             "max_prompt_length": 48,
         },
         "max_completion_length": 5,
+        "model": "m",
     }
     about = {"settings": settings, "data_sha256": {"path": sha256(data)}}
     (run / "checkpoint-1" / "tercet.json").write_text(json.dumps(about))
@@ -111,31 +115,111 @@ def test_a_failed_encode_leaves_nothing(checkpoint, tmp_path, capsys):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_eval_measures_both_modes(checkpoint, tmp_path, capsys):
+def run_eval(tmp_path, *argv):
+    """The figures of `tercet grace eval`, as its JSON file has them."""
+    output = tmp_path / "figures.json"
+    assert main(["grace", "eval", *argv, "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def test_eval_measures_without_and_with_rationales(checkpoint, tmp_path, capsys):
     pairs = [{"sentence1": "the cat", "sentence2": "a dog", "score": i / 2} for i in range(3)]
     pairs[1]["sentence2"] = "the cat"
-    argv = ["grace", "eval", "--model", checkpoint, "--max-completion-length", "3"]
+    argv = ["--model", checkpoint, "--max-completion-length", "3", "--pooling", "max"]
     argv += ["--data.test-fraction", "0.5", "--data.columns", "query", "query"]
-    assert main([*argv, "--sts", write_rows(tmp_path / "s.jsonl", pairs)]) == 0
+    found = run_eval(tmp_path, *argv, "--sts", write_rows(tmp_path / "s.jsonl", pairs))
     said = capsys.readouterr()
-    plain, reasoned = map(json.loads, said.out.splitlines())
-    assert (plain["rationales"], reasoned["rationales"]) == (False, True)
     # the run held 1 of the 6 rows out
-    assert [(m["rows"], m["rows_trained_on"]) for m in (plain, reasoned)] == [(3, 2)] * 2
+    assert (found["rows"], found["rows_trained_on"]) == (3, 2)
     assert "grace eval: not the held-out rows of the run (columns {} -> {'query': " in said.err
     assert "grace eval: 2 of 3 rows measured are rows that the run trained on" in said.err
-    for measures in (plain, reasoned):
-        assert 0 <= measures["recall@1"] <= 1
-        assert -1 <= measures["sts_spearman"] <= 1
-        assert measures["held_out_loss_nats"] > 0
-    assert 0 < reasoned["distinct_rationales"] <= 1
+    assert found["settings"]["max_completion_length"] == 3
+    assert found["settings"]["pooling"] == "max"
+    for column in ("no_rationale", "rationale"):
+        assert 0 <= found[column]["eval/recall@1"] <= 1
+        assert -1 <= found[column]["eval/sts_spearman"] <= 1
+    assert found["no_rationale"]["eval/held_out_loss"] > 0
+    assert 0 < found["rationale"]["eval/mean_length"] <= 3
 
 
-def test_eval_needs_held_out_pairs(checkpoint, tmp_path, capsys):
-    data = write_rows(tmp_path / "e.jsonl", [{"query": "a", "positive": "b"}] * 4)
-    argv = ["grace", "eval", "--model", checkpoint, "--data.path", data]
-    assert main([*argv, "--data.test-fraction", "0"]) == 1
-    assert "at least two held-out rows with a query, got 0" in capsys.readouterr().err
+def test_every_figure_is_shown_and_explained(checkpoint, tmp_path, capsys):
+    argv = ["--model", checkpoint, "--data.test-fraction", "0.5"]
+    found = run_eval(tmp_path, *argv)
+    shown = capsys.readouterr().out
+    assert f"{checkpoint}: 3 rows, temperature 1.0, " in shown
+    for key in found["rationale"] | found["no_rationale"]:
+        cells = [
+            f"{found[column][key]:.3f}" if key in found[column] else "-"
+            for column in ("no_rationale", "rationale")
+        ]
+        assert [key, *cells] in [line.split() for line in shown.splitlines()]
+        assert MEANINGS[general(key)] in shown
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("supervised", {}),
+        ("supervised", {"train": {"bf16": True}, "top_k": 7, "pooling": "max"}),
+        ("supervised", {"dtype": "bfloat16", "evaluation": {"temperature": 0.0}}),
+        ("unsupervised", {"evaluation": {"num_texts": 3, "temperature": 0.8}}),
+    ],
+)
+def test_eval_gives_the_figures_of_the_last_evaluation_of_training(
+    tiny_policy, tmp_path, capsys, mode, settings
+):
+    tiny_policy.save(tmp_path / "model")
+    columns = {} if mode == "supervised" else {"text": "positive"}
+    config = GraceConfig(
+        model=str(tmp_path / "model"),
+        data=GraceData(
+            path=write_rows(tmp_path / "d.jsonl", PAIRS),
+            mode=mode,
+            columns=columns,
+            test_fraction=0.7,
+            max_prompt_length=200,
+        ),
+        output_dir=str(tmp_path / "run"),
+        num_generations=2,
+        generation_batch_size=4,
+        max_completion_length=6,
+        device="cpu",
+        train=TrainConfig(max_steps=1, seed=3, eval_steps=1, **settings.pop("train", {})),
+        evaluation=GraceEval(**settings.pop("evaluation", {})),
+        **settings,
+    )
+    run = train(config)
+    trained = {key: value for key, value in run.metrics.items() if key.startswith("eval/")}
+    capsys.readouterr()
+    found = run_eval(tmp_path, "--model", str(run.checkpoint))
+    assert found["rationale"] == pytest.approx(trained, rel=1e-6)
+    assert found["rows_trained_on"] == 0
+    assert ("eval/recall@1" in found["no_rationale"]) == (mode == "supervised")
+    assert ("as in training" in capsys.readouterr().err) == (found["rows"] == 3)
+
+
+def test_what_is_not_as_the_run_measured_is_said(checkpoint, tmp_path, capsys):
+    texts = ["--data.mode", "unsupervised", "--data.columns", "text", "positive"]
+    argv = ["--model", checkpoint, *texts, "--data.test-fraction", "0.5"]
+    run_eval(tmp_path, *argv, "--temperature", "0", "--seed", "4")
+    said = capsys.readouterr().err
+    assert "not as the run measured (temperature 1.0 -> 0.0, seed 0 -> 4)\n" in said
+    assert "each text finds itself" in said
+    run_eval(tmp_path, *argv, "--temperature", "1")
+    said = capsys.readouterr().err
+    assert "not as the run measured" not in said
+    assert "each text finds itself" not in said
+
+
+def test_eval_needs_two_held_out_rows_and_a_place_for_its_output(checkpoint, tmp_path, capsys):
+    argv = ["grace", "eval", "--model", checkpoint]
+    assert main(argv) == 1
+    assert capsys.readouterr().err.endswith(
+        "there must be at least two held-out rows, got 1; name rows that were not trained on with "
+        "--data.test-path\n"
+    )
+    assert main([*argv, "--output", str(tmp_path / "none" / "x.json")]) == 1
+    assert "output must be a file in a folder that exists, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("score", ["1" + "0" * 400, "NaN", "1e999", "true", "null", '"1"'])

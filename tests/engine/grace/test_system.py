@@ -256,7 +256,7 @@ BAD_SETTINGS = {
     "attn must be one of ('auto', 'flash_attention_2', 'varlen', 'sdpa'), got 'x'": {"attn": "x"},
     "top_p must be in (0, 1], got 0.0": {"top_p": 0.0},
     "top_p must be in (0, 1], got nan": {"top_p": math.nan},
-    "top_k must be >= 0, got -1": {"top_k": -1},
+    "top_k must be in [0, 2^31), got -1": {"top_k": -1},
     "max_batch_size must be >= 1, got 0": {"max_batch_size": 0},
     "num_generations must be >= 2 under 'grpo'": {"num_generations": 1},
     "generation_batch_size must be a multiple of num_generations (8), got 12": {

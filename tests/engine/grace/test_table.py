@@ -5,8 +5,9 @@ import torch
 
 from tercet.engine.grace.encoder import GraceEncoder
 from tercet.engine.grace.evaluate import anisotropy, retrieval_metrics
+from tercet.engine.grace.readout import RETRIEVAL, Corpus
 from tercet.engine.grace.table import (
-    Corpus,
+    _partners,
     bm25_row,
     bm25_scores,
     encoder_row,
@@ -15,9 +16,8 @@ from tercet.engine.grace.table import (
 )
 
 DOCUMENTS = ["a red boat on the river", "roses in the garden", "warm bread in the kitchen"]
-CORPUS = Corpus(
-    queries=["red boat ?", "garden of roses ?", "who eats bread ?"], documents=DOCUMENTS
-)
+QUERIES = ["red boat ?", "garden of roses ?", "who eats bread ?"]
+CORPUS = Corpus(queries=QUERIES, documents=DOCUMENTS, relevant=[{0}, {1}, {2}])
 
 
 def test_bm25_finds_the_document_that_shares_words():
@@ -40,12 +40,24 @@ def test_a_row_is_the_metrics_of_the_vectors(tiny_policy):
     queries = encoder.encode(CORPUS.queries, generate=False).vectors
     documents = encoder.encode(DOCUMENTS, generate=False).vectors
     expected = retrieval_metrics(queries, documents, torch.arange(3))
-    assert {key: row[key] for key in expected} == pytest.approx(expected)
+    assert {key: row[key] for key in RETRIEVAL} == pytest.approx(
+        {key: expected[key] for key in RETRIEVAL}
+    )
     assert row["anisotropy"] == pytest.approx(anisotropy(documents))
     assert "distinct_share" not in row
     written = encoder_row(encoder, CORPUS, max_completion_length=1)
     assert 0 < written["distinct_share"] <= 1
-    assert written["truncated_share"] > 0
+    assert written["clipped_ratio"] > 0
+
+
+def test_everything_that_belongs_to_a_text_is_its_partner():
+    corpus = Corpus(
+        queries=["red boat", "blue sea"],
+        documents=["boat wood", "sea salt", "red wine"],
+        relevant=[{0, 2}, {1}],
+    )
+    documents, queries = ["boat wood red wine", "sea salt"], ["red boat", "blue sea", "red boat"]
+    assert _partners(corpus) == [*documents, *queries]
 
 
 def test_word_overlap_by_hand():
