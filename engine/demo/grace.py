@@ -31,7 +31,11 @@ from tercet.engine.demo.tiny import SYSTEM_PROMPT, pretrain
 from tercet.engine.demo.world import World, write_triples
 from tercet.engine.environment import environment, torch_threads
 from tercet.engine.files import replace_text
-from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive
+from tercet.engine.grace.baselines import (
+    ContrastiveConfig,
+    held_out_measures,
+    train_contrastive,
+)
 from tercet.engine.grace.config import GraceConfig, GraceData
 from tercet.engine.grace.data import load_dataset
 from tercet.engine.grace.encoder import GraceEncoder
@@ -141,15 +145,17 @@ class GraceDemo:
                 warmup_steps=config.warmup_steps,
                 lr_scheduler_type=config.lr_scheduler_type,
                 logging_steps=config.logging_steps,
+                eval_steps=config.logging_steps,
                 save_total_limit=1,
             ),
         )
         policy = Policy.from_pretrained(self.folder / "base", device="cpu")
-        rows = load_dataset(self._data()).train
+        data = load_dataset(self._data())
+        evaluate = held_out_measures(policy, data.test, settings)
         with RunLog.create(
             folder, settings, total_steps=config.max_steps, resume=folder.exists()
         ) as log:
-            train_contrastive(policy, rows, settings, log)
+            train_contrastive(policy, data.train, settings, log, evaluate=evaluate)
         return checkpoint
 
     def read(self, model: str, path: Path) -> tuple[Reading, list[str]]:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tercet.engine.grace.data import Epochs, Example
-from tercet.engine.grace.encoder import pool_prompts
+from tercet.engine.grace.encoder import GraceEncoder, pool_prompts
 from tercet.engine.grace.fit import FitConfig, fit
 from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
+from tercet.engine.grace.readout import corpus_of, measures, read_out
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.records import Pooling, split_by_tokens
@@ -215,7 +216,7 @@ def train_contrastive(
         examples: InfoNCE uses queries, documents and negatives; SimCSE the documents alone.
         config: see `ContrastiveConfig`.
         log: the run's folder.
-        evaluate: held-out measures, every fit.eval_steps steps.
+        evaluate: held-out measures, every fit.eval_steps steps; see `held_out_measures`.
 
     Returns:
         The metrics of the last step.
@@ -232,6 +233,26 @@ def train_contrastive(
                 "without; set attention_dropout (0.1 for BERT-like, 0.3 for causal models)"
             )
         return fit(policy, objective, config.fit, log, evaluate=evaluate)
+
+
+def held_out_measures(
+    policy: Policy, examples: Sequence[Example], config: ContrastiveConfig
+) -> Callable[[int], dict[str, float]]:
+    """What `train_contrastive` may measure: `measures` of the texts alone, under GRACE's names.
+
+    Raises:
+        ValueError: no examples; as `GraceEncoder`.
+    """
+    if not examples:
+        raise ValueError("held_out_measures: there must be held-out rows, got none")
+    encoder = GraceEncoder(
+        policy,
+        max_prompt_length=config.max_prompt_length,
+        system_prompt=config.system_prompt,
+        pooling=config.pooling,
+    )
+    corpus = corpus_of(examples)
+    return lambda step: measures(corpus, *read_out(encoder, corpus, generate=False))
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -21,7 +21,11 @@ from tercet.engine.command_line import load_config
 from tercet.engine.config import ConfigError, changes, to_yaml
 from tercet.engine.data import read_rows
 from tercet.engine.files import replace_text, sha256
-from tercet.engine.grace.baselines import ContrastiveConfig, train_contrastive
+from tercet.engine.grace.baselines import (
+    ContrastiveConfig,
+    held_out_measures,
+    train_contrastive,
+)
 from tercet.engine.grace.config import GraceConfig, GraceData
 from tercet.engine.grace.data import Example
 from tercet.engine.grace.encoder import GraceEncoder
@@ -240,12 +244,14 @@ class Experiment:
         if final.exists():
             return final
         supervised = method == "info_nce"
-        examples = [
-            Example(document=a, query=q) if supervised else Example(document=q)
-            for q, a in self.pairs.train
-        ]
+        train, test = (
+            [Example(document=a, query=q) if supervised else Example(document=q) for q, a in pairs]
+            for pairs in (self.pairs.train, self.pairs.test)
+        )
+        policy = Policy.from_pretrained(base)
+        evaluate = held_out_measures(policy, test, config)
         with self._log(folder, config, config.fit) as log:
-            train_contrastive(Policy.from_pretrained(base), examples, config, log)
+            train_contrastive(policy, train, config, log, evaluate=evaluate)
         return final
 
     def grace(self, name: str, base: Path, form: Form, *, questions_only: bool = False) -> Path:

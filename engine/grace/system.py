@@ -174,18 +174,17 @@ class GraceSystem:
         query = next(
             i for i in rollouts.rows("query") if rollouts.requests[i].group == request.group
         )
-        sample = {
-            "group": request.group,
+        sample: dict[str, Any] = {"group": request.group}
+        if rollouts.requests[query].prompt_ids != request.prompt_ids:
+            sample["query"] = self._text(rollouts.requests[query])
+        return sample | {
+            "query_rationale": self.tokenizer.decode(rollouts.completions[query].ids),
             "text": self._text(request),
             "rationale": self.tokenizer.decode(completion.ids),
             "finished": completion.finished,
             "reward": float(rewards.total[place]),
             **{f"reward/{name}": float(part[place]) for name, part in rewards.parts.items()},
-            "query_rationale": self.tokenizer.decode(rollouts.completions[query].ids),
         }
-        if rollouts.requests[query].prompt_ids != request.prompt_ids:
-            sample["query"] = self._text(rollouts.requests[query])
-        return sample
 
     def _text(self, request: Request) -> str:
         """The user's text in a prompt, as far as it was kept."""

@@ -53,6 +53,9 @@ def test_folder_holds_runs_results_and_report(finished):
         assert (folder / form / "checkpoint-2" / "model.safetensors").exists()
         assert len((folder / form / "metrics.jsonl").read_text().splitlines()) == 3  # 0, 1, 2
     assert (folder / "infonce" / "checkpoint-2" / "model.safetensors").exists()
+    found = [row.get("eval/recall@1") for row in read_jsonl(folder / "infonce" / "metrics.jsonl")]
+    assert len(found) == 3
+    assert None not in found
     assert (folder / "base" / "tokenizer.json").exists()
     page = (folder / "report.html").read_text()
     for reading in results.readings:

@@ -11,6 +11,7 @@ from tercet.engine.grace.baselines import (
     Contrastive,
     ContrastiveConfig,
     cached_backward,
+    held_out_measures,
     train_contrastive,
 )
 from tercet.engine.grace.data import Example
@@ -133,22 +134,30 @@ def test_parts_see_the_same_dropout_twice(make_tiny_model, tiny_tokenizer):
 
 
 def test_info_nce_learns_to_retrieve(tiny_policy, tmp_path):
-    encoder = GraceEncoder(tiny_policy, max_prompt_length=64, system_prompt=SYSTEM)
-
-    def recall(_step: int) -> dict[str, float]:
-        queries = encoder.encode([str(e.query) for e in PAIRS], generate=False).vectors
-        documents = encoder.encode([e.document for e in PAIRS], generate=False).vectors
-        return retrieval_metrics(queries, documents, torch.arange(len(PAIRS)))
-
     settings = config(
         per_device_train_batch_size=24,
         fit={"max_steps": 30, "eval_steps": 30, "learning_rate": 3e-3},
     )
+    recall = held_out_measures(tiny_policy, PAIRS, settings)
     before = recall(0)["recall@1"]
     with run_log(tmp_path, settings) as log:
         metrics = train_contrastive(tiny_policy, PAIRS, settings, log, evaluate=recall)
     assert metrics["eval/recall@1"] > before + 0.3
     assert metrics["cosine/positive"] > metrics["cosine/others"] + 0.3
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_held_out_rows_are_embedded_as_in_training(tiny_policy, pooling):
+    settings = config(pooling=pooling)
+    encoder = GraceEncoder(tiny_policy, max_prompt_length=64, system_prompt=SYSTEM, pooling=pooling)
+    queries = encoder.encode([str(e.query) for e in PAIRS], generate=False).vectors
+    documents = encoder.encode([e.document for e in PAIRS], generate=False).vectors
+    expected = retrieval_metrics(queries, documents, torch.arange(len(PAIRS)))
+    found = held_out_measures(tiny_policy, PAIRS, settings)(0)
+    assert set(found) == {"recall@1", "recall@10", "ndcg@10", "mrr", "anisotropy"}
+    assert found["mrr"] == pytest.approx(expected["mrr"])
+    with pytest.raises(ValueError, match="must be held-out rows, got none"):
+        held_out_measures(tiny_policy, [], settings)
 
 
 @pytest.mark.parametrize(
