@@ -14,7 +14,7 @@ from tercet.engine.command_line import OneLineParser
 from tercet.engine.environment import short_commit
 from tercet.engine.files import replace_text
 from tercet.engine.glossary import MEANINGS, general
-from tercet.engine.report_charts import charts_html, metrics_of
+from tercet.engine.report_charts import charts_html, metrics_of, short
 from tercet.engine.report_runs import (
     LARGEST,
     ResultTable,
@@ -33,7 +33,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; 
 h1 { font-size: 1.7rem; margin: 0; } h2 { margin: 2.5rem 0 .5rem; font-size: 1.25rem; }
 h3 { margin: 1.5rem 0 .25rem; font-size: 1rem; } code { font-size: .9em; }
 .note { color: var(--soft); margin: .2rem 0; font-size: .88rem; max-width: 60rem; }
-.notes { columns: 2 24rem; max-width: 60rem; margin-top: .5rem; }
+.notes { columns: 2 27rem; margin-top: .5rem; }
 .warn { background: #fff6e5; border: 1px solid #f0d9a8; border-radius: 8px;
   padding: .4rem .8rem; margin: .4rem 0; font-size: .88rem; }
 .legend { position: sticky; top: 0; background: #fffd; padding: .5rem 0; margin: 0; z-index: 1;
@@ -53,9 +53,9 @@ table { border-collapse: collapse; font-size: .88rem; min-width: 50%; }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line);
   vertical-align: top; } th { color: var(--soft); font-weight: 600; }
 th.n, td.n { text-align: right; } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.t { min-width: 11rem; max-width: 36rem; } .samples td.t { max-width: 22rem; }
-.samples { font-size: .8rem; }
-.samples th, .samples td { padding: .3rem .45rem; }
+td.t { min-width: 11rem; max-width: 36rem; } .samples { font-size: .78rem; }
+.samples td.t { min-width: 8.5rem; max-width: 22rem; }
+.samples th, .samples td { padding: .3rem .35rem; }
 pre { background: var(--wash); padding: .8rem; border-radius: 8px; overflow-x: auto;
   font-size: .8rem; } details { margin: .5rem 0; }
 details > summary { cursor: pointer; color: var(--soft); }
@@ -118,7 +118,7 @@ def last_values(runs: Sequence[Run]) -> str:
 
 def _first_and_last(run: Run, key: str) -> str:
     points = run.points(key)
-    return f"{points[0][1]:.3g} → {points[-1][1]:.3g}" if points else "-"
+    return f"{short(points[0][1])} → {short(points[-1][1])}" if points else "-"
 
 
 def samples_html(run: Run) -> str:

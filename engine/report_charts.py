@@ -131,13 +131,18 @@ def _panel_html(
 def _figure(key: str, runs: Sequence[Run], styles: Mapping[str, Style], top: float | None) -> str:
     """A chart under the metric's name and each run's last value."""
     last = "".join(
-        f' <b style="color:{styles[run.name].colour}">{points[-1][1]:.3g}</b>'
+        f' <b style="color:{styles[run.name].colour}">{short(points[-1][1])}</b>'
         for run in runs
         if (points := run.points(key))
     )
     meaning = html.escape(MEANINGS.get(general(key), ""))
     caption = f"<figcaption><span>{html.escape(key)}</span>{last}</figcaption>"
     return f'<figure title="{meaning}">{caption}{draw(key, runs, styles, top)}</figure>'
+
+
+def short(value: float) -> str:
+    """A number in three digits, or all of those before its point."""
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _legend(styles: Mapping[str, Style]) -> str:

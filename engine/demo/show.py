@@ -17,6 +17,7 @@ LABELS = {
     "document": "GRACE, repaired form",
     "infonce": "InfoNCE, no rationale",
 }
+RUNS = ("paper", "document", "infonce")  # whose curves the page has
 COLUMNS = {
     "recall_at_1": "recall@1",
     "recall_at_1_greedy": "greedy",
@@ -68,7 +69,7 @@ def report_tables(results: DemoResults) -> list[ResultTable]:
         ResultTable(
             title=TITLE,
             rows=[
-                {"": LABELS[reading.model]}
+                {"": LABELS[reading.model], "run": reading.model if reading.model in RUNS else ""}
                 | {
                     title.replace("\n", " "): getattr(reading, name)
                     for name, title in COLUMNS.items()

@@ -111,10 +111,13 @@ def test_spreads_share_one_scale(tmp_path):
 
 
 def test_every_metric_has_its_chart_and_its_last_value(tmp_path):
-    run = add_metrics(make_run(tmp_path / "run"), {"step": 6, "never/heard_of": 0.125, "kl": 3.0})
+    run = add_metrics(
+        make_run(tmp_path / "run"), {"step": 6, "never/heard_of": 0.125, "kl": 4321.5}
+    )
     drawn = charts(run)
     assert {"never/heard_of", "kl", "reward/mean"} < drawn.keys()
     assert ">0.125</b>" in drawn["never/heard_of"]
+    assert ">4322</b>" in drawn["kl"]
     assert "Other metrics" in (run / "report.html").read_text()
 
 
