@@ -31,7 +31,7 @@ class GraceData:
     num_negatives: int | None = None  # per row; None: as many as every row has
     remove: str | None = None  # regular expression; what it matches is deleted from every text
     test_path: str | None = None  # held-out rows; None: split off `path`
-    test_fraction: float = 0.01  # of the rows, after a shuffle
+    test_fraction: float = 0.1  # of the rows, after a shuffle
     split_seed: int = 0  # of that shuffle: not train.seed, so that seeds share their test rows
     max_prompt_length: int = 1024  # tokens, template included
     overlong: Overlong = "truncate"  # or "drop" training rows whose document is longer than that

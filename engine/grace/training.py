@@ -187,5 +187,15 @@ def _tell(log: RunLog, dataset: Dataset, config: GraceConfig) -> None:
         )
     if config.groups_per_step == 1:
         log.warn("one group per step: there are no other groups, the hard term is 0")
-    if config.train.eval_steps and min(len(dataset.test), config.evaluation.num_texts) < 2:
-        log.warn("no evaluation: fewer than two held-out rows; raise data.test_fraction")
+    measured = min(len(dataset.test), config.evaluation.num_texts)
+    if not dataset.test:
+        log.warn(
+            f"no row is held out (data.test_fraction {config.data.test_fraction} of "
+            f"{len(dataset.train)} rows), so nothing can be measured, now or by tercet grace eval; "
+            "raise data.test_fraction or set data.test_path"
+        )
+    elif config.train.eval_steps and measured < 2:
+        log.warn(
+            f"no evaluation: it needs two held-out rows, got {measured} ({len(dataset.test)} held "
+            f"out, evaluation.num_texts {config.evaluation.num_texts})"
+        )

@@ -50,7 +50,9 @@ def make_config(model_folder, tmp_path):
         path.write_text(rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows)))
         return GraceConfig(
             model=str(model_folder),
-            data=GraceData(path=str(path), max_prompt_length=200, **(data or {})),
+            data=GraceData(
+                path=str(path), max_prompt_length=200, **{"test_fraction": 0.0, **(data or {})}
+            ),
             train=TrainConfig(learning_rate=1e-2, **{"max_steps": 2, **(train or {})}),
             **{
                 "output_dir": str(tmp_path / "run"),
@@ -302,14 +304,24 @@ def test_long_texts_are_counted(make_config):
 def test_one_text_per_step_trains_without_other_groups(make_config):
     run = train(
         make_config(
-            data={**MODES["unsupervised"], "test_fraction": 0.0},
+            data=MODES["unsupervised"],
             train={"eval_steps": 1},
             generation_batch_size=3,
         )
     )
     assert run.metrics["reward/hard"] == 0
     assert "one group per step: there are no other groups" in events(run)
-    assert "no evaluation: fewer than two held-out rows" in events(run)
+    assert "no row is held out (data.test_fraction 0.0 of 12 rows), so nothing can be" in events(
+        run
+    )
+
+
+def test_a_tenth_is_held_out_and_one_row_is_not_enough_to_measure(make_config):
+    config = make_config(train={"eval_steps": 1, "max_steps": 1})
+    run = train(replace(config, data=GraceData(path=config.data.path, max_prompt_length=200)))
+    assert "11 training rows, 1 held out" in events(run)
+    assert "needs two held-out rows, got 1 (1 held out, evaluation.num_texts 256)" in events(run)
+    assert not any(key.startswith("eval/") for key in run.metrics)
 
 
 def test_a_batch_larger_than_the_data_is_told(make_config):
