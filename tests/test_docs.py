@@ -1,39 +1,85 @@
-"""What README.md shows runs, and what it links to is there."""
+"""What README.md and docs/ show runs, and what they link to is there."""
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from tercet.engine.cli import COMMANDS
+from tercet.engine.cli import COMMANDS, main
+from tercet.engine.demo.config import GraceDemoConfig
+from tercet.engine.demo.grace import GraceDemo
 from tercet.engine.demo.tiny import SYSTEM_PROMPT, build_policy, build_tokenizer
 from tercet.engine.demo.world import World
+from tercet.engine.environment import torch_threads
+from tercet.engine.grace import scratch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(page: str, language: str = "") -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), flags=re.S | re.M)
+    return [text for name, text in fenced if name == language]
 
 
-def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def after_the_demo(tmp_path, monkeypatch):
+    """A folder as `make demo` leaves it, but that its model is untaught; MODEL has longer rows."""
     monkeypatch.chdir(tmp_path)
-    checkpoint = re.search(r'from_pretrained\("(.*?)"\)', README)
+    GraceDemo(GraceDemoConfig(), Console()).write_data()
+    demo, checkpoint = Path("runs/demo"), re.search(r'from_pretrained\("(.*?)"\)', README)
     assert checkpoint is not None
-    folder = Path(checkpoint[1])
-    build_policy(build_tokenizer(World(0).corpus())).save(folder)  # untaught
+    tokenizer = build_tokenizer(World(0).corpus())
     settings = {
         "data": {"system_prompt": SYSTEM_PROMPT, "max_prompt_length": 64},
         "max_completion_length": 14,
     }
+    for folder in (demo / "base", Path(checkpoint[1])):
+        build_policy(tokenizer).save(folder)
     (folder / "tercet.json").write_text(json.dumps({"settings": settings}))
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
-    assert len(blocks("python")) == 2
-    assert "tensor" in capsys.readouterr().out
+    sizes = scratch.ScratchModel(vocab_size=512, max_position_embeddings=2048)
+    scratch.build_policy(tokenizer, sizes).save(Path("MODEL"))
+    Path("configs").symlink_to(ROOT / "configs")
+    Path("pairs.jsonl").write_text((demo / "data" / "train.jsonl").read_text())
+    with torch_threads(1):
+        yield
+
+
+def shorter(text: str) -> str:
+    """Two steps in place of 60 or 100, and fewer tokens."""
+    for long, short in {
+        r"(max.steps[= ])\d+": r"\g<1>2",
+        r"checkpoint-60": "checkpoint-2",
+        r"(--max-completion-length) 128": r"\1 4",
+    }.items():
+        text = re.sub(long, short, text)
+    return text
+
+
+@pytest.mark.parametrize(("page", "number"), [("README.md", 2), ("docs/grace.md", 1)])
+def test_python_of_the_pages_runs(after_the_demo, capsys, page, number):
+    for block in blocks(page, "python"):
+        exec(compile(shorter(block), page, "exec"), {})
+    assert len(blocks(page, "python")) == number
+    assert "tensor" in (said := capsys.readouterr().out) or "torch.Size([1, 64])" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "number"), [("README.md", 5), ("docs/grace.md", 4)])
+def test_commands_of_the_pages_run(after_the_demo, page, number):
+    lines = [line for block in blocks(page) for line in block.splitlines()]
+    commands = [line.split(maxsplit=1)[1] for line in lines if line.startswith("tercet ")]
+    left_out = ("grace_paper", "grace_gsm8k", "--help")  # other data; ends the process
+    runs = [line for line in commands if not any(word in line for word in left_out)]
+    for line in runs:
+        argv = shlex.split(shorter(line))
+        argv += ["--train.max-steps", "2"] if "--config" in argv else []
+        assert main(argv) == 0, line
+    assert len(runs) == number
 
 
 def test_words_of_the_readme_are_words_of_the_world():
