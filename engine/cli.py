@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(usage() + "\n")
         return 0 if argv else 2

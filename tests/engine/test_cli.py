@@ -1,5 +1,6 @@
 """The `tercet` command as a user calls it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,27 @@ def test_a_reader_that_goes_away_is_no_failure(args):
         run.stdout.close()
         assert run.stderr.read() == ""
     assert run.returncode == 141
+
+
+def test_an_unreachable_hub_warns_once_and_the_error_names_the_model(tmp_path):
+    (tmp_path / "t.txt").write_text("the sea\n")
+    command = (
+        "import sys, huggingface_hub.utils._http as http; http.time.sleep = lambda s: None;"
+        "from tercet.engine.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    reach_nothing = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    argv = ["grace", "encode", "--model", "no-one/nothing", "--input", str(tmp_path / "t.txt")]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *argv, "--output-dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **reach_nothing, "HF_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    *warnings, last = done.stderr.splitlines()
+    assert last.startswith("tercet grace encode: Policy.from_pretrained: no-one/nothing must be a ")
+    assert sum("[Retry 1/5]" in line for line in warnings) == 1
 
 
 def test_doctor_says_what_each_op_runs():
