@@ -100,6 +100,19 @@ def test_bad_shapes(shape):
         advantages(torch.ones(shape), GROUPS)
 
 
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("shape", [(0,), (2, 3)], ids=str)
+def test_bad_shapes_that_agree(shape):
+    with pytest.raises(ValueError, match="must both be"):
+        advantages(torch.ones(shape), torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("estimator", "scale"), [("dapo", "group"), ("reinforce++", "batch")])
+def test_an_estimators_own_scale_may_be_named(estimator, scale):
+    named = advantages(REWARDS, GROUPS, estimator=estimator, scale_rewards=scale)
+    assert torch.equal(named, advantages(REWARDS, GROUPS, estimator=estimator))
+
+
 def test_flat_groups_marks_every_row_of_them():
     rewards = torch.tensor([1.0, 0.5, 1.0, 0.5, 1.0, 0.6])
     assert flat_groups(rewards, GROUPS).tolist() == [True, False, True, False, True, False]
@@ -139,6 +152,12 @@ def test_a_part_that_pays_nothing_is_not_dead():
     one_group_all_truncated = torch.tensor([-1.0, -1.0, 0, 0, 0, 0])
     assert dead_parts({"a": weight_zero, "b": one_group_all_truncated}, groups) == []
     assert dead_parts({"b": one_group_all_truncated - 1}, groups) == ["b"]
+
+
+@pytest.mark.parametrize(("num_paid", "dead"), [(2, []), (3, ["a"]), (4, ["a"])])
+def test_a_dead_part_is_paid_in_most_groups(num_paid, dead):
+    part = torch.tensor([1.0] * 2 * num_paid + [0.0] * (8 - 2 * num_paid))
+    assert dead_parts({"a": part}, torch.arange(4).repeat_interleave(2)) == dead
 
 
 def test_dead_parts_needs_groups():
