@@ -158,4 +158,5 @@ def _first_sentence(box: str) -> str:
             parts[-1].append(inner)
     text = " ".join(" ".join(parts[min(1, len(parts) - 1)]).split()).rstrip(".!")
     text = re.sub(r"^Error parsing (?!--)\S+: ", "", text)  # our records name themselves
+    text = text.replace("Failed to parse key-value pairs", "must be pairs, NAME VALUE NAME VALUE")
     return text.removeprefix("Error parsing ")

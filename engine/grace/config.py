@@ -64,12 +64,14 @@ class GraceData:
                 "GraceData: unsupervised data has no negatives, "
                 f"got num_negatives={self.num_negatives}; leave it out"
             )
-        for name in self.columns:
+        for name, theirs in self.columns.items():
             if not COLUMN.fullmatch(name):
+                turned = f"write {theirs} before {name}"
+                other = f"name what {theirs} is to us before it"
                 raise ValueError(
                     "GraceData: columns must name ours (query, positive, negative, negative_1, "
-                    f"..., text) and then the file's, got {name!r}: {self.columns[name]!r}; "
-                    "turn it round?"
+                    f"..., text) and behind each the file's, got {name!r} as ours for {theirs!r}; "
+                    f"{turned if COLUMN.fullmatch(theirs) else other}"
                 )
         try:
             re.compile(self.remove or "")

@@ -30,6 +30,7 @@ class Outer:
     mode: Literal["supervised", "unsupervised"] = "supervised"
     seed: int | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
+    columns: dict[str, str] = field(default_factory=dict)
     train: Inner = field(default_factory=Inner)
 
 
@@ -93,6 +94,7 @@ WRONG = {
     "--mode x": "invalid choice 'x' for argument '--mode'. Expected one of "
     "('supervised', 'unsupervised')",
     "--train.learning-rate -1": "Inner: learning_rate must be >= 0, got -1.0",
+    "--columns a b c": "--columns: must be pairs, NAME VALUE NAME VALUE",
     "extra": "a value must stand behind its option, got 'extra'",
     "--seed 1 2": "a value must stand behind its option, got '2'",
     "--train.bf16 yes": "--train.bf16 must stand alone (it is a flag), got 'yes' behind it",

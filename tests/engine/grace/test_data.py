@@ -166,7 +166,12 @@ BAD_SETTINGS = {
     "num_negatives must be >= 0, got -1": {"num_negatives": -1},
     "unsupervised data has no negatives, got num_neg": {"mode": "unsupervised", "num_negatives": 2},
     "remove must be a regular expression, got '('": {"remove": "("},
-    "got 'question': 'query'; turn it round?": {"columns": {"question": "query"}},
+    "got 'question' as ours for 'query'; write query before question": {
+        "columns": {"question": "query"}
+    },
+    "got 'title' as ours for 'body'; name what body is to us before it": {
+        "columns": {"title": "body"}
+    },
 }
 
 
