@@ -127,13 +127,16 @@ class RunLog:
 
         -1 drops all but the events of step 0, which may be about the data.
         """
-        dropped = sum(
-            rewind_jsonl(self.folder / name, last_step=max(step, 0) if name == EVENTS else step)
+        dropped = {
+            name: rewind_jsonl(
+                self.folder / name, last_step=max(step, 0) if name == EVENTS else step
+            )
             for name in ROW_FILES
-        )
+        }
         self.step = max(step, 0)
-        if dropped:
-            self.info(f"dropped {dropped} rows written after step {step}; they come again")
+        if any(dropped.values()):
+            told = ", ".join(f"{count} of {name}" for name, count in dropped.items() if count)
+            self.info(f"dropped the lines after step {step} ({told}): those steps come again")
 
     def last_metrics(self) -> dict[str, float]:
         """The last row of metrics.jsonl, without its step; empty when there is none."""
@@ -239,8 +242,9 @@ def progress_line(
 ) -> str:
     """One line about a step; what was not measured is left out."""
     parts = [f"step {step}/{total_steps}"]
+    rewarded = "reward/mean" in metrics  # then the loss, a policy gradient's, says nothing
     for key, shown in (
-        ("reward/mean", "reward {:.3f}"),
+        ("reward/mean", "reward {:.3f}") if rewarded else ("loss", "loss {:.3f}"),
         ("kl", "kl {:.4f}"),
         ("tokens_per_s", "{:.0f} tok/s"),
         ("padding_saved", "padding saved {:.0%}"),

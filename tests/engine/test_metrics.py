@@ -206,6 +206,12 @@ def test_progress_line_leaves_out_what_was_not_measured():
     assert progress_line(3, 5, {}, eta_s=125.4) == "step 3/5  eta 2:05"
 
 
+def test_progress_line_shows_the_reward_or_without_one_the_loss():
+    assert progress_line(1, 5, {"loss": 0.5}, eta_s=None) == "step 1/5  loss 0.500"
+    both = {"loss": 0.5, "reward/mean": 2.0}
+    assert progress_line(1, 5, both, eta_s=None) == "step 1/5  reward 2.000"
+
+
 def test_not_finite_becomes_null(tmp_path):
     append_jsonl(tmp_path / "a.jsonl", [{"x": float("nan"), "y": [float("inf"), 1.0]}])
     assert (tmp_path / "a.jsonl").read_text() == '{"x": null, "y": [null, 1.0]}\n'
@@ -243,7 +249,10 @@ def test_rewind_drops_later_rows_of_every_file_and_says_so(tmp_path):
         assert [r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")] == [1, 2]
         events = read_jsonl(tmp_path / "events.jsonl")
         assert [(e["step"], e["kind"]) for e in events] == [(2, "info")]
-        assert "dropped 5 rows written after step 2" in events[0]["message"]
+        assert events[0]["message"] == (
+            "dropped the lines after step 2 (2 of metrics.jsonl, 2 of samples.jsonl, "
+            "1 of events.jsonl): those steps come again"
+        )
         log.rewind(-1)
         assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
