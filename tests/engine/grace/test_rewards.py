@@ -238,6 +238,13 @@ def test_a_group_without_a_finished_rollout_gives_no_signal(scale_rewards):
     assert r.counts == {"groups/all_truncated": 1.0}
 
 
+def test_a_group_with_a_finished_rollout_is_not_counted_as_all_truncated():
+    rollouts, queries, negatives, finished = random_batch()
+    finished[1], finished[3, 0] = False, False
+    r = grace_reward(rollouts, queries, negatives, finished, RewardConfig())
+    assert r.counts == {"groups/all_truncated": 1.0}
+
+
 @pytest.mark.parametrize("truncation", ["relative", "flat"])
 def test_all_truncated(truncation):
     rollouts, queries, negatives, finished = random_batch()
@@ -267,6 +274,7 @@ def test_groups_of_the_same_text_do_not_repel():
     ids = torch.tensor([5, 5])
     r = grace_reward(ROLLOUTS, QUERIES, NEGATIVES, FINISHED, RewardConfig(), ids)
     assert r.parts["hard"].tolist() == [0.0] * 4
+    assert not any(part.signbit()[part == 0].any() for part in r.parts.values())  # no -0 in logs
 
 
 def test_a_group_of_one_has_no_consistency():
@@ -308,6 +316,16 @@ def test_non_finite_embeddings_are_named(which, message):
         grace_reward(rollouts, queries, negatives, FINISHED, RewardConfig())
 
 
+def test_infinity_alone_is_not_finite_and_eight_rows_are_named():
+    rollouts, queries, _, finished = random_batch(groups=3, hidden=8)
+    rollouts[:, 1:] = torch.inf
+    with pytest.raises(ValueError, match=r"in 9 of 12 rows, .* \(2, 1\), \(2, 2\), \.\.\.$"):
+        grace_reward(rollouts, queries, None, finished, RewardConfig())
+    rollouts[2, 3] = 0.0
+    with pytest.raises(ValueError, match=r"in 8 of 12 rows, .* \(2, 1\), \(2, 2\)$"):
+        grace_reward(rollouts, queries, None, finished, RewardConfig())
+
+
 @pytest.mark.wrong_types
 def test_finished_must_fit():
     with pytest.raises(ValueError, match=r"finished must be bool \[2, 2\] .* \[2, 1\]"):
@@ -324,6 +342,8 @@ def test_finished_must_fit():
         ({"truncation": "none"}, "truncation must be one of"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
         ({"temperature": math.nan}, "temperature must be finite and > 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be finite and > 0, got inf"),
+        ({"negative_weight": -1.0}, "negative_weight must be finite and >= 0, got -1.0"),
         ({"consistency_weight": -0.1}, "consistency_weight must be finite and >= 0, got -0.1"),
         ({"hard_weight": math.inf}, "hard_weight must be finite"),
         ({"truncation_penalty": math.nan}, "truncation_penalty must be finite"),
