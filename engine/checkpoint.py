@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers.utils import logging as transformers_logging
 
 from tercet.engine.files import checkpoints, replace_text, sha256
 from tercet.engine.model import Policy
@@ -72,8 +71,7 @@ def save_checkpoint(
     with _removed_on_failure(temporary, folder):
         _sweep(folder)
         temporary.mkdir(parents=True)
-        with _quiet():
-            policy.save(temporary)
+        policy.save(temporary)
         _save_tensors(temporary / OPTIMIZER, optimizer.state_dict())
         _save_tensors(temporary / RNG, _rng_state())
         (temporary / RUN).write_text(json.dumps(run, indent=2) + "\n")
@@ -210,8 +208,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 def _restore(path: Path, policy: Policy, optimizer: Optimizer) -> Checkpoint:
     state = _read_state(path)
-    with _quiet():
-        saved = Policy.from_pretrained(path, dtype=policy.dtype).model
+    saved = Policy.from_pretrained(path, dtype=policy.dtype).model
     with _readable(path / OPTIMIZER, "an AdamW state of this model"):
         optimizer_state = _load_tensors(path / OPTIMIZER)
         for old, now in zip(optimizer_state["param_groups"], optimizer.param_groups, strict=True):
@@ -261,19 +258,6 @@ def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     if found:
         warn(f"{pointer} names no checkpoint ({name!r}); looking for the newest whole one")
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars: a run shows one line of its own."""
-    if not transformers_logging.is_progress_bar_enabled():
-        yield
-        return
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from tercet.engine.attention import (
 from tercet.engine.files import follow_umask
 from tercet.engine.isolation import isolation_error
 from tercet.engine.pooling import LAST, States, find_pool
-from tercet.engine.pretrained import load_pretrained
+from tercet.engine.pretrained import load_pretrained, no_file_bars
 from tercet.engine.records import Packed, Pooling
 from tercet.kernels import linear_logp
 from tercet.kernels._typing import Float
@@ -203,7 +203,8 @@ class Policy:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
-            self.model.save_pretrained(partial)
+            with no_file_bars():
+                self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
             follow_umask(partial)

@@ -1,6 +1,8 @@
 """Models and tokenizers from files: safetensors only, no remote code, clear refusals."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -8,7 +10,7 @@ from typing import cast
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import enable_progress_bars, validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from tercet.engine.files import checkpoints
 
@@ -55,7 +58,7 @@ def load_pretrained(
     if device is not None:
         _check_device(device)
     source = _find(path)
-    with _Loading(source, "model", "config.json and *.safetensors"):
+    with _Loading(source, "model", "config.json and *.safetensors"), no_file_bars():
         loaded = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -77,6 +80,20 @@ def load_pretrained(
     if device is not None:
         nn.Module.to(model, device)
     return model, _load_tokenizer(source)
+
+
+@contextmanager
+def no_file_bars() -> Iterator[None]:
+    """Within, transformers draws no bar for each file of weights; downloads keep theirs."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 def _find(path: str | Path) -> str:

@@ -19,7 +19,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from tercet.engine.command_line import load_config
 from tercet.engine.config import changes, to_yaml
@@ -204,7 +203,7 @@ def run_demo(config: GraceDemoConfig, *, console: Console | None = None) -> Demo
     results = demo.folder / "results.json"
     _claim(demo.folder, config)
     if not results.exists():
-        with torch_threads(1), _no_progress_bars():
+        with torch_threads(1):
             found = _run_stages(demo, console)
         replace_text(results, json.dumps(asdict(found), indent=2) + "\n")
     else:
@@ -260,18 +259,6 @@ def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
         replace_text(demo.folder / TABLES, json.dumps(tables, indent=2) + "\n")
         write_report(demo.folder)
     return replace(found, seconds={**watch.seconds, "total": sum(watch.seconds.values())})
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keeps transformers from drawing one for each of the demo's small files."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _claim(folder: Path, config: GraceDemoConfig) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from tercet.engine.model import Policy
+from tercet.engine.pretrained import no_file_bars
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +165,12 @@ def test_a_hub_id_in_the_cache_is_one_beside_a_folder_of_that_name(tmp_path, mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(AssertionError, match="the hub was asked"):
         Policy.from_pretrained("some/model")
+
+
+def test_files_have_no_progress_bars_and_downloads_keep_theirs(whole, tmp_path, capsys):
+    Policy.from_pretrained(whole).save(tmp_path / "copy")
+    assert capsys.readouterr().err == ""
+    assert transformers_logging.is_progress_bar_enabled()
+    with no_file_bars():
+        assert not transformers_logging.is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
