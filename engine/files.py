@@ -25,23 +25,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; a last line cut off by a kill is left out.
 
     Raises:
-        ValueError: another line is not JSON; names the file and the line.
+        ValueError: another line is not JSON in UTF-8; names the file and the line.
     """
     if not path.exists():
         return []
-    *lines, _cut = path.read_text(encoding="utf-8").split("\n")  # _cut: nothing, or half a line
+    *lines, _cut = path.read_bytes().split(b"\n")  # _cut: nothing, or half a line
     rows = []
     for number, line in enumerate(lines, start=1):
+        bad = f"read_jsonl: {path}:{number} must be a JSON object in UTF-8, got "
+        remedy = "; restore the file from a copy, or delete the line"
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"read_jsonl: {path}:{number} must be a JSON object, got {line[:80]!r} ({error})"
-            ) from error
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            told = line[:80].decode("utf-8", "replace")
+            raise ValueError(f"{bad}{told!r} ({error}){remedy}") from error
         if not isinstance(row, dict):
-            raise ValueError(
-                f"read_jsonl: {path}:{number} must be a JSON object, got {line[:80]!r}"
-            )
+            raise ValueError(f"{bad}{line[:80].decode('utf-8', 'replace')!r}{remedy}")
         rows.append(row)
     return rows
 

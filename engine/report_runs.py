@@ -55,7 +55,7 @@ def load_run(folder: Path) -> Run:
             f"report: {folder} must be a run folder, got no metrics.jsonl in it"
         )
     metrics: dict[str, Series] = {}
-    for record in _rows(folder / "metrics.jsonl"):
+    for record in read_jsonl(folder / "metrics.jsonl"):
         for key, value in record.items():
             if key != "step" and is_number(value) and abs(value) < LARGEST:
                 metrics.setdefault(drawable(key), {})[step_of(record, folder)] = float(value)
@@ -63,8 +63,8 @@ def load_run(folder: Path) -> Run:
     return Run(
         name=drawable(folder.name),
         metrics=metrics,
-        samples=_rows(folder / "samples.jsonl"),
-        events=_rows(folder / "events.jsonl"),
+        samples=read_jsonl(folder / "samples.jsonl"),
+        events=read_jsonl(folder / "events.jsonl"),
         config=_text(folder / "config.yaml"),
         env=env,
     )
@@ -136,16 +136,6 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"report: {path} must be UTF-8, got {error}; restore or delete it"
-        ) from error
-
-
-def _rows(path: Path) -> list[dict]:
-    try:
-        return read_jsonl(path)
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"report: {path} must hold one JSON object per line in UTF-8, got {error}; "
-            "restore or delete it"
         ) from error
 
 

@@ -229,10 +229,14 @@ def test_a_line_cut_by_a_kill_is_dropped_on_resume(tmp_path, cut):
     assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+BROKEN = {"half": b'{"step": ', "not UTF-8": b'{"a": "\xff"}', "deep": b"[" * 10**5, "list": b"[1]"}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path, kind):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 must be a JSON object"):
+    path.write_bytes(b'{"step": 1}\n' + BROKEN[kind] + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"^read_jsonl: .*:2 must be .* UTF-8, got .*; restore"):
         read_jsonl(path)
 
 

@@ -221,7 +221,7 @@ def test_hostile_records_are_text_or_an_error(tmp_path):
 def test_a_record_that_is_none_is_an_error(tmp_path, line):
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"must be a(n integer| JSON object), got"):
+    with pytest.raises(ValueError, match=r"must be a(n integer| JSON object in UTF-8), got"):
         write_report(run)
 
 
