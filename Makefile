@@ -5,6 +5,7 @@ VENV ?= .venv
 # an index that PyTorch's installation page names, through pip's own variable, or from a wheel that lies on the disk:
 #   make demo PIP_EXTRA_INDEX_URL=URL        make demo TORCH=path/to/torch.whl
 TORCH ?= torch
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CSRC_BUILD := build/csrc
@@ -16,7 +17,7 @@ CPU_BENCHES := $(GPU_BENCHES) grace_step
 
 help:
 	@echo "make demo      train GRACE on a small world and show what it learnt (CPU, minutes)"
-	@echo "make test      C++ and Python tests"
+	@echo "make test      C++ and Python tests, JOBS=2 processes of them (10 minutes)"
 	@echo "make mutation  proof that the tests notice each of many broken lines (an hour; ARGS='--only tree')"
 	@echo "make lint      formatting, lints and types"
 	@echo "make bench     speed and memory beside the peers, into bench/results/"
@@ -38,7 +39,7 @@ demo: $(INSTALLED)
 	$(BIN)/tercet demo grace $(ARGS)
 
 test: $(INSTALLED) test-csrc
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-csrc: $(INSTALLED)
 	$(BIN)/cmake -S csrc -B $(CSRC_BUILD) -DTERCET_BUILD_TESTS=ON -DTERCET_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug

@@ -9,6 +9,8 @@ if not HAS_NVIDIA:  # before anything imports Triton
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # pinned: it changes numerics
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
