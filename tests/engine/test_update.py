@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tercet.engine.guards import NonFiniteError
+from tercet.engine.guards import NonFiniteError, NonFiniteWeightsError
 from tercet.engine.model import Policy
 from tercet.engine.records import Completion, Request, Rollouts, SamplingParams
-from tercet.engine.scoring import score_rollouts
+from tercet.engine.scoring import score_completions, score_rollouts
 from tercet.engine.train_config import TrainConfig
 from tercet.engine.update import Batch, optimise
 
@@ -129,6 +129,77 @@ def test_gradient_under_the_sampling_temperature(policy, temperature):
     assert error < 1e-9
 
 
+def test_every_row_is_scored_under_its_own_temperature(policy):
+    batch = make_batch(policy)
+    warmth = [0.7, 1.3, 0.7, 2.0]
+    requests = [
+        replace(request, params=replace(request.params, temperature=t))
+        for request, t in zip(batch.requests, warmth, strict=True)
+    ]
+    scored = score_completions(policy, requests, batch.completions, TrainConfig())
+    rows = [
+        row_logp(policy.model, prompt, completion, t)[0]
+        for prompt, completion, t in zip(PROMPTS, COMPLETIONS, warmth, strict=True)
+    ]
+    torch.testing.assert_close(scored.logp, torch.cat(rows))
+
+
+def test_bf16_scores_in_bfloat16(make_tiny_model):
+    policy = Policy(make_tiny_model("qwen3"))
+    batch = make_batch(policy)
+    full, half = (
+        score_completions(policy, batch.requests, batch.completions, TrainConfig(bf16=bf16)).logp
+        for bf16 in (False, True)
+    )
+    torch.testing.assert_close(full, half, rtol=0, atol=0.2)
+    assert (full - half).abs().max() > 1e-3
+
+
+def test_rows_keep_what_belongs_to_them(policy):
+    batch = make_batch(policy, drift=0.1, counted=torch.tensor([True, True, True, False]))
+    some = batch.rows([0, 3, 2]).rows([1, 2])
+    assert some.row == [3, 2]
+    assert some.counted.tolist() == [False, True]
+    assert some.advantage.tolist() == [2.0, 0.0]
+    assert [c.ids for c in some.completions] == [COMPLETIONS[3], COMPLETIONS[2]]
+    assert batch.old_logp is not None
+    assert batch.ref_logp is not None
+    assert some.old_logp == [batch.old_logp[3], batch.old_logp[2]]
+    assert some.ref_logp == [batch.ref_logp[3], batch.ref_logp[2]]
+
+
+@pytest.mark.parametrize(("max_tokens", "num_passes"), [(16384, 1), (10, 3)])
+def test_a_pass_holds_at_most_max_tokens_per_batch(policy, max_tokens, num_passes):
+    passes = forward_passes(policy)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    config = TrainConfig(max_tokens_per_batch=max_tokens)  # three rows learn
+    optimise(policy, optimizer, make_batch(policy), config)
+    assert len(passes) - 4 == num_passes  # make_batch has scored four
+
+
+@pytest.mark.parametrize("max_tokens", [16384, 10], ids=lambda n: f"{n} tokens per pass")
+def test_metrics_are_means_over_the_scored_tokens(policy, max_tokens):
+    batch = make_batch(policy, drift=0.3)
+    config = TrainConfig(beta=0.1, epsilon=0.1, max_tokens_per_batch=max_tokens)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    metrics = optimise(policy, optimizer, batch, config)
+    scored = [
+        row_logp(policy.model, prompt, completion, 1.0)
+        for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)
+    ]
+    logp = torch.cat([x for x, _ in scored])
+    entropy = torch.cat([x for _, x in scored])
+    ratio = (logp - torch.cat(batch.old_logp or [])).exp()
+    gap = torch.cat(batch.ref_logp or []) - logp
+    advantage = ADVANTAGE.repeat_interleave(batch.lengths())
+    low, high = (ratio < 0.9) & (advantage < 0), (ratio > 1.1) & (advantage > 0)
+    assert low.any()
+    assert high.any()
+    assert metrics["entropy"] == pytest.approx(entropy.mean().item())
+    assert metrics["kl"] == pytest.approx((gap.exp() - gap - 1).mean().item())
+    assert metrics["clip_ratio"] == pytest.approx((low | high).double().mean().item())
+
+
 def test_accumulation_cannot_change_the_result_in_float32(make_tiny_model):
     steps = []
     for max_tokens in (16384, 1):
@@ -184,13 +255,17 @@ def test_gradient_norm_is_clipped_and_reported_unclipped(policy):
     norm = float(torch.cat([m.flatten() for m in moved]).norm())
     assert norm == pytest.approx(0.01, rel=1e-3)
     assert metrics["grad_norm"] > 0.02
+    assert "kl" not in metrics  # there is no reference
+    assert all(p.grad is None for p in policy.model.parameters())
 
 
-def test_mismatch_with_the_sampler_is_measured(policy):
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize("max_tokens", [16384, 1], ids=["one pass", "a pass for each row"])
+def test_mismatch_with_the_sampler_is_measured(policy, row, max_tokens):
     batch = make_batch(policy)
-    batch.completions[3].logp[2] += 0.5
+    batch.completions[row].logp[2] += 0.5
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
-    metrics = optimise(policy, optimizer, batch, TrainConfig())
+    metrics = optimise(policy, optimizer, batch, TrainConfig(max_tokens_per_batch=max_tokens))
     assert metrics["sampling/logp_mismatch_max"] == pytest.approx(0.5, abs=1e-5)
     assert metrics["sampling/logp_mismatch"] == pytest.approx(0.5 / 14, abs=1e-5)
 
@@ -219,18 +294,27 @@ def test_dual_clips_are_counted_among_the_clipped_tokens(policy):
     assert [metrics["clip_ratio"] for metrics in ratios] == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("where", ["hidden", "gradient"])
+def test_weights_that_an_update_spoilt_are_told(policy):
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=float("inf"))
+    with pytest.raises(NonFiniteWeightsError, match="weights after the update must be finite"):
+        optimise(policy, optimizer, make_batch(policy), TrainConfig())
+
+
+@pytest.mark.parametrize("where", ["hidden", "loss alone", "gradient"])
 def test_nan_stops_before_the_weights_move(policy, where):
     batch = make_batch(policy)
-    if where == "hidden":
+    if where != "gradient":
         norm = policy.model.model.norm
         policy.prove_isolation()
         norm.register_forward_hook(lambda module, args, out: out * float("nan"))
     else:
         policy.head().weight.register_hook(lambda grad: grad * float("inf"))
+    if where == "loss alone":
+        for parameter in policy.model.parameters():
+            parameter.register_hook(torch.zeros_like)
     before = [p.detach().clone() for p in policy.model.parameters()]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1)
-    expected = "loss" if where == "hidden" else "gradient norm"
+    expected = "gradient norm" if where == "gradient" else "loss"
     with pytest.raises(NonFiniteError, match=rf"^{expected} of rollouts must be finite") as caught:
         optimise(policy, optimizer, batch, TrainConfig())
     assert caught.value.rows == [0, 1, 3]
@@ -250,6 +334,28 @@ def test_scoring_gives_old_log_probs_only_off_policy(policy):
             torch.testing.assert_close(old, torch.tensor(row.logp).double(), rtol=0, atol=1e-6)
             assert torch.equal(old, ref)
             assert not old.requires_grad
+
+
+def test_the_reference_and_not_the_policy_gives_reference_log_probs(policy, make_tiny_model):
+    batch = make_batch(policy)
+    rollouts = Rollouts(requests=batch.requests, completions=batch.completions)
+    reference = Policy(make_tiny_model("qwen3", seed=1).double())
+    scored = score_rollouts(policy, reference, rollouts, TrainConfig(mini_batches=2))
+    for model, rows in ((policy.model, scored.old_logp), (reference.model, scored.ref_logp)):
+        for prompt, completion, row in zip(PROMPTS, COMPLETIONS, rows or [], strict=True):
+            expected = row_logp(model, prompt, completion, 1.0)[0].detach()
+            torch.testing.assert_close(row, expected)
+
+
+def test_scoring_has_no_dropout(make_tiny_model):
+    policy = Policy(make_tiny_model("qwen3", attention_dropout=0.5).double())
+    batch = make_batch(policy)
+    rollouts = Rollouts(requests=batch.requests, completions=batch.completions)
+    policy.model.train()
+    scored = score_rollouts(policy, None, rollouts, TrainConfig(mini_batches=2))
+    assert policy.model.training
+    for sampled, old in zip(batch.completions, scored.old_logp or [], strict=True):
+        torch.testing.assert_close(old, torch.tensor(sampled.logp).double())
 
 
 def forward_passes(policy) -> list:
