@@ -1,4 +1,4 @@
-"""Proof that the tests of the kernels and of the search core notice every broken line.
+"""Proof that the tests of kernels, engine and search core notice every broken line.
 
     python tests/mutation.py [--only masked_mean ...] [--item 9] [--list]
 
@@ -9,6 +9,7 @@ survived, an old text does not occur exactly once, or the tests fail without any
 """
 
 import argparse
+import json
 import os
 import queue
 import re
@@ -19,6 +20,7 @@ import tempfile
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,24 +84,55 @@ def copy_tree(tree: Path) -> None:
             (package.parent / f"{type(finder).__module__}.py").touch()
 
 
-def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """Exit status and output of pytest, or of the C++ tests where `tests` names a C++ file."""
-    environment = os.environ | {
-        "PYTHONPATH": str(tree / "path"),
-        "PYTHONDONTWRITEBYTECODE": "1",  # a stale .pyc would undo an edit of the same length
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    if tests[0].endswith(".cpp"):
-        command = ["sh", "-c", CXX_TESTS]
-    try:
-        done = subprocess.run(
-            ["nice", "-n", "10", *command], cwd=tree, env=environment, timeout=TIMEOUT_S,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return FAILED, "FAILED timeout"
-    return done.returncode, done.stdout
+class Worker:
+    """A tree, and a process that runs Python tests in it; see forked_pytest.py."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+        copy_tree(tree)
+        self._server: subprocess.Popen[str] | None = None
+
+    def run(self, tests: tuple[str, ...]) -> tuple[int, str]:
+        """Exit status and output of pytest, or of the C++ tests where `tests` names a C++ file."""
+        if tests[0].endswith(".cpp"):
+            return self._run_cpp()
+        output = self.tree / "output"
+        call = {"tree": str(self.tree), "tests": tests, "output": str(output)}
+        server = self._started()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(call | {"timeout_s": TIMEOUT_S}) + "\n")
+        server.stdin.flush()
+        status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
+        return status, output.read_text()
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.terminate()
+            self._server.wait()
+
+    def _run_cpp(self) -> tuple[int, str]:
+        try:
+            done = subprocess.run(
+                ["nice", "-n", "10", "sh", "-c", CXX_TESTS], cwd=self.tree, timeout=TIMEOUT_S,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return FAILED, "FAILED timeout"
+        return done.returncode, done.stdout
+
+    def _started(self) -> "subprocess.Popen[str]":
+        if self._server is None:
+            program = str(ROOT / "tests" / "forked_pytest.py")
+            environment = os.environ | {
+                "PYTHONDONTWRITEBYTECODE": "1",  # a stale .pyc would undo an equally long edit
+                "OMP_NUM_THREADS": "1",
+            }
+            self._server = subprocess.Popen(
+                ["nice", "-n", "10", sys.executable, "-P", program], env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        return self._server
 
 
 CXX_TESTS = """
@@ -109,15 +142,15 @@ ctest --test-dir build --output-on-failure || exit 1
 """
 
 
-def judge(mutation: Mutation, source: Path, trees: "queue.Queue[Path]") -> bool:
+def judge(mutation: Mutation, source: Path, workers: "queue.Queue[Worker]") -> bool:
     """Whether the tests fail under the mutation; prints one line."""
-    tree, start = trees.get(), time.monotonic()
+    worker, start = workers.get(), time.monotonic()
     try:
-        (tree / mutation.path).write_text(mutation.edited(source))
-        status, output = run_tests(tree, mutation.tests)
+        (worker.tree / mutation.path).write_text(mutation.edited(source))
+        status, output = worker.run(mutation.tests)
     finally:
-        shutil.copy(source / mutation.path, tree / mutation.path)
-        trees.put(tree)
+        shutil.copy(source / mutation.path, worker.tree / mutation.path)
+        workers.put(worker)
     caught = status == FAILED or status < 0  # a crash is noticed, too
     verdict = "killed" if caught else "INVALID" if status else "SURVIVED"
     by = re.search(r"^(?:FAILED|ERROR) (?:\S+?::)?(.*?)(?: - .*)?$", output, re.M)
@@ -152,25 +185,26 @@ def main() -> None:
     mutations = [
         m for m in load(args.only, args.item) if any(text in str(m) for text in args.match)
     ]
-    with tempfile.TemporaryDirectory() as scratch:
-        source, *copies = (Path(scratch) / str(number) for number in range(args.jobs + 1))
-        for tree in (source, *copies):
-            copy_tree(tree)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        source = Path(scratch) / "source"
+        copy_tree(source)
         if stale := out_of_date(mutations, source):  # an error before all else
             sys.exit("\n".join(stale))
         if args.list:
             print(*mutations, f"{len(mutations)} mutations", sep="\n")
             return
+        copies = [Worker(Path(scratch) / str(number)) for number in range(args.jobs)]
+        workers: queue.Queue[Worker] = queue.Queue()
+        for worker in copies:
+            stack.callback(worker.close)
+            workers.put(worker)
         for tests in sorted({m.tests for m in mutations}):
-            status, output = run_tests(copies[0], tests)
+            status, output = copies[0].run(tests)
             if status:
                 sys.exit(f"{' '.join(tests)} fail without a mutation:\n{output[-4000:]}")
             print(f"green    {' '.join(tests)}", flush=True)
-        trees: queue.Queue[Path] = queue.Queue()
-        for tree in copies:
-            trees.put(tree)
         with ThreadPoolExecutor(args.jobs) as pool:
-            killed = list(pool.map(lambda mutation: judge(mutation, source, trees), mutations))
+            killed = list(pool.map(lambda mutation: judge(mutation, source, workers), mutations))
     print(f"{sum(killed)} of {len(killed)} killed")
     sys.exit(0 if all(killed) else 1)
 

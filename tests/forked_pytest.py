@@ -1,0 +1,58 @@
+"""Runs pytest many times from one process that has imported torch: each run is a fork of it.
+
+Reads lines of JSON: "tree" (a copy of the repository, see mutation.py), "tests" (arguments for
+pytest), "output" (a file for what it prints) and "timeout_s".  Answers each with a wait status.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+if shutil.which("nvidia-smi") is None:  # as conftest.py does, and before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Imported here once: this, and not the tests, takes the time.
+import beartype  # noqa: F401
+import jaxtyping  # noqa: F401
+import pytest
+import torch
+import transformers.models.llama
+import transformers.models.qwen2
+import transformers.models.qwen3  # noqa: F401
+
+
+def run(tree: str, tests: list[str], output: str, timeout_s: int) -> int:
+    """Exit status of pytest in the tree; for the child alone."""
+    signal.alarm(timeout_s)  # whose default is to end the process
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.chdir(tree)
+    path = str(Path(tree) / "path")
+    sys.path.insert(0, path)
+    os.environ["PYTHONPATH"] = path  # of processes that tests start
+    quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *quiet, *tests])
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # a fork has no threads but the one
+    sys.meta_path[:] = [f for f in sys.meta_path if "tercet" not in type(f).__module__]
+    answers = os.dup(sys.stdout.fileno())
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            status = 3  # pytest's for an internal error
+            try:
+                status = int(run(**json.loads(line)))
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        os.write(answers, f"{os.waitpid(child, 0)[1]}\n".encode())
+
+
+if __name__ == "__main__":
+    main()
