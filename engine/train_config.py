@@ -19,19 +19,19 @@ class TrainConfig:
     num_iterations optimiser steps on it.
     """
 
-    max_steps: int = 100
+    max_steps: int = 100  # batches of rollouts; a resume may raise it
     seed: int = 0  # of every request: (seed, step, index of the request) decides a completion
 
-    learning_rate: float = 1e-6
-    lr_scheduler_type: Schedule = "constant"
-    warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
+    learning_rate: float = 1e-6  # of AdamW, after warm-up
+    lr_scheduler_type: Schedule = "constant"  # what follows; linear and cosine fall to 0
+    warmup_steps: int = 0  # the rate rises linearly over these
+    adam_beta1: float = 0.9  # decay of the mean gradient
+    adam_beta2: float = 0.999  # decay of the mean squared gradient
     weight_decay: float = 0.01  # on every parameter, norms and biases too, as GRACE's release does
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # longer gradients are cut to this length
 
-    advantage_estimator: Estimator = "grpo"
-    scale_rewards: ScaleRewards = "none"
+    advantage_estimator: Estimator = "grpo"  # which baseline a rollout's reward is compared with
+    scale_rewards: ScaleRewards = "none"  # divide advantages by a standard deviation: whose
     num_iterations: int = 1  # mu: passes over one batch of rollouts
     mini_batches: int = 1  # optimiser steps per pass; groups are dealt out whole, in order
     epsilon: float = 0.2  # ratio clip, below 1
@@ -45,7 +45,7 @@ class TrainConfig:
 
     num_threads: int | None = None  # of the CPU, that torch computes on; None: torch's choice
 
-    logging_steps: int = 1
+    logging_steps: int = 1  # between lines shown and samples kept; metrics are kept at every step
     eval_steps: int = 0  # 0: never; else also before step 1 and after the last
     save_steps: int = 50  # the last step is always saved; 0: nothing else
     save_total_limit: int | None = None  # newest checkpoints kept; None: all

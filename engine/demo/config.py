@@ -19,11 +19,11 @@ class PretrainConfig:
 
     accuracy: float = 0.93  # share of fresh texts whose topic the first name word hits
     max_steps: int = 1500  # without reaching it is an error
-    batch_size: int = 32
-    learning_rate: float = 5e-3
-    warmup_steps: int = 30
+    batch_size: int = 32  # texts per step
+    learning_rate: float = 5e-3  # of AdamW, after warm-up
+    warmup_steps: int = 30  # the rate rises linearly over these
     text_weight: float = 1.0  # of the text's own tokens; below it, texts become too easy to tell
-    noisy_steps: int = 100
+    noisy_steps: int = 100  # on rationales that are vague or wrong as often as the next two say
     p_vague: float = 0.5  # of a noisy rationale that says nothing
     p_right: float = 0.6  # of the others: the right topic, else any
 
@@ -47,7 +47,7 @@ class GraceDemoConfig:
     lr_scheduler_type: Schedule = "linear"  # of all three; constant spreads seeds twice as far
     contrastive_learning_rate: float = 1e-3  # of the InfoNCE baseline
     num_generations: int = 8  # G, rollouts of each document
-    groups_per_step: int = 16  # B
+    groups_per_step: int = 16  # B, rows of the data per step
     max_completion_length: int = 14  # tokens; rationales take 8 to 11
     logging_steps: int = 20  # also between evaluations on 40 held-out pairs
     eval_repeats: int = 2  # samplings of every held-out text, averaged in the table

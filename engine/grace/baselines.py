@@ -33,15 +33,15 @@ Method = Literal["info_nce", "simcse"]
 class ContrastiveConfig:
     """A contrastive baseline; temperature and dropout as published for language models."""
 
-    method: Method = "info_nce"
+    method: Method = "info_nce"  # on pairs; simcse: on texts alone
     temperature: float = 0.05  # divides cosines
     symmetric: bool = False  # also document -> query; SimCSE is one-sided
     attention_dropout: float | None = None  # during training; None: the model's own
     per_device_train_batch_size: int = 64  # rows of the data per step
     max_tokens_per_batch: int = 16_384  # of a forward pass; memory only (see `Contrastive`)
     max_prompt_length: int = 1024  # tokens, template included
-    system_prompt: str = SYSTEM_PROMPT
-    pooling: Pooling = "mean"  # or penultimate_mean, max, last_token
+    system_prompt: str = SYSTEM_PROMPT  # before every text; left out of the embedding
+    pooling: Pooling = "mean"  # how hidden states become a vector
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:

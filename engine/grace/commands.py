@@ -33,15 +33,15 @@ class EncodeConfig:
     model: str  # checkpoint folder, or any causal LM with a chat template
     input: str  # .txt (one text per line), .jsonl or .parquet
     output_dir: str  # gets vectors.safetensors (float32 [n, hidden]) and rationales.jsonl
-    column: str = "text"
+    column: str = "text"  # of .jsonl and .parquet
     generate: bool = True  # False: embed the prompt alone
     max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float = 0.0  # 0 is greedy
-    seed: int = 0
-    pooling: Pooling | None = None  # None: as the model was trained
-    normalize: bool = True
-    max_batch_size: int = 64
-    device: str | None = None  # None: CUDA where there is one
+    seed: int = 0  # of the samples
+    pooling: Pooling | None = None  # how hidden states become a vector; None: as in training
+    normalize: bool = True  # vectors of length 1
+    max_batch_size: int = 64  # texts written about at once; memory and speed only
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: CUDA where there is one
 
 
 def encode(argv: Sequence[str], prog: str) -> int:
@@ -109,9 +109,9 @@ class EvalConfig:
     max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float | None = None  # 0 is greedy; None: as the run measured, else 1
     seed: int | None = None  # of the samples; None: as the run measured, else 0
-    pooling: Pooling | None = None  # None: as the model was trained
-    max_batch_size: int = 64
-    device: str | None = None  # None: CUDA where there is one
+    pooling: Pooling | None = None  # how hidden states become a vector; None: as in training
+    max_batch_size: int = 64  # texts written about at once; memory and speed only
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: CUDA where there is one
 
 
 def evaluate(argv: Sequence[str], prog: str) -> int:

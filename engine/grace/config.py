@@ -34,8 +34,8 @@ class GraceData:
     test_fraction: float = 0.1  # of the rows, after a shuffle
     split_seed: int = 0  # of that shuffle: not train.seed, so that seeds share their test rows
     max_prompt_length: int = 1024  # tokens, template included
-    overlong: Overlong = "truncate"  # or "drop" training rows whose document is longer than that
-    system_prompt: str = SYSTEM_PROMPT
+    overlong: Overlong = "truncate"  # cut longer texts, or drop training rows with such a document
+    system_prompt: str = SYSTEM_PROMPT  # before every text; left out of the embedding
 
     def __post_init__(self) -> None:
         _check_named("GraceData", "path", self.path)
@@ -121,7 +121,7 @@ class GraceConfig:
 
     model: str  # folder or hub id of a causal language model with a chat template
     data: GraceData
-    output_dir: str = "runs/grace"
+    output_dir: str = "runs/grace"  # the run's folder: checkpoints, metrics, samples, settings
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: GraceEval = field(default_factory=GraceEval)
@@ -131,14 +131,18 @@ class GraceConfig:
     max_completion_length: int = 2048  # new tokens, the end token included
     temperature: float = 1.0  # of the rollouts
     anchor_temperature: float = 0.5  # of queries, negatives, and unsupervised anchors
-    top_p: float = 1.0
+    top_p: float = 1.0  # nucleus: the likeliest tokens that hold this share; 1 keeps all
     top_k: int = 0  # 0 keeps the whole vocabulary
-    pooling: Pooling = "mean"  # or penultimate_mean, max, last_token
+    # what the hidden states of text and rationale become: their mean, that of the layer before the
+    # last, their largest value in each dimension, or the last token's
+    pooling: Pooling = "mean"
 
-    device: str | None = None  # None: CUDA where there is one
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: CUDA where there is one
     dtype: Dtype = "float32"  # of the weights; train.bf16 computes in bfloat16 beside them
-    attn: Attention = "auto"  # see Policy
-    activation_checkpointing: bool = False
+    # attention over packed rows: flash_attention_2 and varlen (torch's own) want CUDA and bfloat16,
+    # sdpa goes row by row and runs everywhere; auto is the first of them that can run
+    attn: Attention = "auto"
+    activation_checkpointing: bool = False  # less memory; the backward pass computes them again
     max_batch_size: int = 256  # rows sampled at once; memory only
 
     def __post_init__(self) -> None:

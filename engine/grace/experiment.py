@@ -67,11 +67,11 @@ COLUMNS = {
 class Generation:
     """How rationales are written, in training and when read out."""
 
-    num_generations: int = 8
-    generation_batch_size: int = 128
-    max_completion_length: int = 32
-    temperature: float = 1.0
-    anchor_temperature: float = 0.5
+    num_generations: int = 8  # G, rollouts of each document
+    generation_batch_size: int = 128  # rollouts per step: groups times num_generations
+    max_completion_length: int = 32  # new tokens, the end token included
+    temperature: float = 1.0  # of the rollouts
+    anchor_temperature: float = 0.5  # of queries, and of anchors where there are none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,14 +82,14 @@ class ExperimentConfig:
     between calls, other settings may not.
     """
 
-    data: str = "gsm8k_test.jsonl"
-    output_dir: str = "runs/grace_gsm8k"
-    seeds: list[int] = field(default_factory=lambda: [0])
+    data: str = "gsm8k_test.jsonl"  # {"question": ..., "answer": ...} per line
+    output_dir: str = "runs/grace_gsm8k"  # gets table.md, results.json and a folder per seed
+    seeds: list[int] = field(default_factory=lambda: [0])  # of model and training, one run each
     num_train: int = 1000  # pairs, after a shuffle; the others are held out
-    split_seed: int = 0
+    split_seed: int = 0  # of that shuffle
     max_prompt_length: int = 320  # tokens, template included
-    system_prompt: str = "Name what matters."
-    pooling: Pooling = "mean"  # of every method: or penultimate_mean, max, last_token
+    system_prompt: str = "Name what matters."  # before every text; left out of the embedding
+    pooling: Pooling = "mean"  # how hidden states become a vector, of every method
     model: ScratchModel = field(default_factory=ScratchModel)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     generation: Generation = field(default_factory=Generation)

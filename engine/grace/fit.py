@@ -26,18 +26,18 @@ from tercet.engine.train_config import Schedule, TrainConfig
 class FitConfig:
     """How a policy is fitted to an objective; names are TRL's.  Steps count from 1."""
 
-    max_steps: int = 100
+    max_steps: int = 100  # one batch and one update each
     seed: int = 0  # of dropout; the objective has its own for the data
 
-    learning_rate: float = 1e-4
-    lr_scheduler_type: Schedule = "constant"
-    warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
+    learning_rate: float = 1e-4  # of AdamW, after warm-up
+    lr_scheduler_type: Schedule = "constant"  # what follows; linear and cosine fall to 0
+    warmup_steps: int = 0  # the rate rises linearly over these
+    adam_beta1: float = 0.9  # decay of the mean gradient
+    adam_beta2: float = 0.999  # decay of the mean squared gradient
     weight_decay: float = 0.01  # on every parameter
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # longer gradients are cut to this length
 
-    logging_steps: int = 10
+    logging_steps: int = 10  # between lines shown; metrics are kept at every step
     eval_steps: int = 0  # 0: never; else also before step 1 and after the last
     save_steps: int = 50  # the last step is always saved; 0: nothing else
     save_total_limit: int | None = 2  # newest checkpoints kept; None: all

@@ -35,11 +35,12 @@ Truncation = Literal["relative", "flat"]
 class RewardConfig:
     """Which reward a rollout earns; weights and temperature as in the paper's launch script."""
 
-    form: Form = "document"
+    form: Form = "document"  # which texts repel a rollout; `paper` collapses (docs/grace.md)
     temperature: float = 0.1  # tau: divides every part but the truncation penalty
     consistency_weight: float = 0.2  # lambda_1
     hard_weight: float | None = None  # lambda_2; None: 0.2, or 1 for "document" without negatives
     negative_weight: float = 1.0  # of the sum over a row's negatives
+    # a rollout without an end token earns its group's lowest reward (or 0 if flat) less the penalty
     truncation: Truncation = "relative"
     truncation_penalty: float = 1.0  # gamma, in units of the finished reward
 

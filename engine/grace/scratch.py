@@ -36,13 +36,13 @@ class ScratchModel:
     """Sizes of a Qwen3 with tied embeddings, float32."""
 
     vocab_size: int = 4096  # of a byte-level BPE
-    hidden_size: int = 96
-    intermediate_size: int = 288
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    max_position_embeddings: int = 512
-    initializer_range: float = 0.05
+    hidden_size: int = 96  # of a token's state
+    intermediate_size: int = 288  # of the feed-forward layers
+    num_hidden_layers: int = 3  # of attention and feed-forward
+    num_attention_heads: int = 4  # of queries; a divisor of hidden_size
+    num_key_value_heads: int = 2  # shared by the heads of queries
+    max_position_embeddings: int = 512  # tokens of prompt and rationale, at most
+    initializer_range: float = 0.05  # standard deviation of the random weights
 
     def __post_init__(self) -> None:
         if self.vocab_size < 512:
@@ -58,10 +58,10 @@ class ScratchModel:
 class PretrainConfig:
     """Language modelling of texts and rationales."""
 
-    per_device_train_batch_size: int = 32
+    per_device_train_batch_size: int = 32  # texts per step
     text_weight: float = 0.5  # of the texts' mean token loss beside the rationales'
     min_words: int = 3  # of a rationale
-    max_words: int = 6
+    max_words: int = 6  # of a rationale
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(
             max_steps=1000,

@@ -1,6 +1,7 @@
 """The `tercet` command as a user calls it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_every_command_explains_itself(name):
     done = tercet(*name.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "grace" in name])
+def test_every_option_says_what_it_is(name):
+    shown = " ".join(tercet(*name.split(), "--help").stdout.replace("│", " ").split())
+    options = re.findall(r" (--[a-z][^(]*)\((?:default|required)", shown)
+    spelt = re.compile(r"--[\w.-]+|\{[^}]*\}")
+    bare = [option for option in options if not re.search("[a-z]{2}", spelt.sub("", option))]
+    assert len(options) > 8
+    assert bare == []
 
 
 def test_a_failure_is_one_line_and_exit_status_1(tmp_path):
