@@ -229,6 +229,15 @@ def test_far_ratios_stay_finite(impl, device):
     assert torch.autograd.grad(out.loss, logp)[0].isfinite().all()
 
 
+def test_a_ratio_beyond_the_cut_has_no_gradient(impl, device):
+    logp = torch.tensor([-500.0, -1.0, -1.0], device=device, requires_grad=True)
+    old = torch.tensor([-1.0, -500.0, -2.0], device=device)
+    advantage = torch.tensor([1.0, -1.0, -1.0], device=device)  # none of them is clipped
+    out = policy_loss(logp, old, advantage, config=PolicyLossConfig(), num_items=1, impl=impl)
+    (gradient,) = torch.autograd.grad(out.loss, logp)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, math.e], device=device))
+
+
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_padded_packed_and_split_calls_agree(impl, aggregation, device):
     """Three sequences, one of them masked as a whole, padded, packed and in two calls."""
