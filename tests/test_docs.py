@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ from rich.console import Console
 
 from tercet.engine.cli import COMMANDS, main
 from tercet.engine.demo.config import GraceDemoConfig
+from tercet.engine.demo.evidence import SEEDS, markdown
 from tercet.engine.demo.grace import GraceDemo
+from tercet.engine.demo.results import DemoResults, Reading
+from tercet.engine.demo.show import LABELS
 from tercet.engine.demo.tiny import SYSTEM_PROMPT, build_policy, build_tokenizer
 from tercet.engine.demo.world import World
 from tercet.engine.environment import torch_threads
+from tercet.engine.files import read_jsonl
 from tercet.engine.grace import scratch
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +92,41 @@ def test_words_of_the_readme_are_words_of_the_world():
     sentences = re.findall(r'^        "(.*)",$', README, flags=re.M)
     assert len(sentences) == 3
     assert {word for s in sentences for word in s.strip(" ?.").split()} <= known
+
+
+def demo_results(seed: int) -> DemoResults:
+    """What was kept of a seed last."""
+    kept = read_jsonl(ROOT / "bench" / "results" / "demo_grace.jsonl")
+    of_seed = [row for row in kept if row["case"] == f"seed {seed}"]
+    last = of_seed[-1]
+    cpu, cores = last["machine"].rsplit(", ", 1)
+    names = [field.name for field in fields(Reading) if field.name != "model"]
+    return DemoResults(
+        folder="",
+        seed=seed,
+        pretrain_steps=last["pretrain_steps"],
+        pretrain_accuracy=last["pretrain_accuracy"],
+        readings=[
+            Reading(model=row["side"], **{name: row[name] for name in names})
+            for row in of_seed
+            if row["machine"] == last["machine"]
+        ],
+        samples=[],
+        seconds=last["seconds"],
+        environment={"cpu": cpu, "cpu_cores": int(cores.split()[0]), "commit": last["commit"]},
+    )
+
+
+def test_figures_of_the_demo_are_those_that_were_kept():
+    table = markdown([demo_results(seed) for seed in SEEDS])
+    assert table in (ROOT / "docs" / "grace.md").read_text()
+    shown, seed_0 = ("recall_at_1", "names_topic", "distinct", "mean_cosine"), demo_results(0)
+    machine, commit = seed_0.environment["cpu"], str(seed_0.environment["commit"])[:7]
+    assert f"{machine}, {seed_0.environment['cpu_cores']} cores, commit {commit};" in README
+    for reading in seed_0.readings:
+        values = [getattr(reading, name) for name in shown]
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
+        assert f"| {LABELS[reading.model]} | {' | '.join(cells)} |" in README
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
