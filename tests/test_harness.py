@@ -38,7 +38,7 @@ def test_extra_bytes_counts_what_dies_and_not_what_is_returned(device):
     assert harness.extra_bytes(side) == pytest.approx(4e6, rel=0.05)
     assert harness.extra_bytes(lambda: torch.ones(1_000_000, device=device)) < 1e5
     x = torch.ones(10, device=device)
-    assert harness.extra_bytes(lambda: x.mul_(2.0)) == 0
+    assert harness.extra_bytes(x.neg_) < 100
 
 
 def test_a_run_judges_times_and_writes_every_side(tmp_path, capsys):
