@@ -105,6 +105,9 @@ def lock(path: Path) -> int:
         holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
         os.close(descriptor)
         raise BlockingIOError(errno.EWOULDBLOCK, holder or "unknown") from None
+    if not (path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))):
+        os.close(descriptor)  # its holder removed the file while we opened it
+        return lock(path)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
     return descriptor

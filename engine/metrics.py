@@ -19,7 +19,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -51,7 +52,7 @@ class RunLog:
         self._console = Console(file=cast("IO[str] | None", file), highlight=False)
         self._live = Live(console=self._console, auto_refresh=False)
         self._tensorboard = None
-        self._lock: int | None = None
+        self._held = ExitStack()  # the folder, unless the caller holds it
         self._started = time.monotonic()
         self._first_step: int | None = None  # of this process; the ETA counts from there
 
@@ -64,6 +65,7 @@ class RunLog:
         total_steps: int,
         resume: bool = False,
         about: Mapping[str, Any] | None = None,
+        held: bool = False,
         file: IO[str] | io.TextIOBase | None = None,
     ) -> RunLog:
         """Opens a run's folder and writes config.yaml and env.json.
@@ -74,20 +76,20 @@ class RunLog:
             total_steps: for the estimate of the time that is left.
             resume: go on with the run in the folder; an empty folder starts from the beginning.
             about: what checkpoints are to say about the run besides its settings; as JSON holds it.
+            held: the caller has the folder (`hold_folder`); else the log has it until `close`.
             file: where progress is shown; None: standard output.
 
         Raises:
-            FileExistsError: the folder holds a run and resume is false; or as `check_run_folder`.
+            FileExistsError: the folder holds a run and resume is false; or as `hold_folder`.
             RuntimeError: another process writes to the folder.
         """
         import tercet
 
         folder = Path(folder)
-        check_run_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         log = cls(folder, total_steps=total_steps, file=file)
         log.about = {"tercet": tercet.__version__, "settings": to_plain(config), **(about or {})}
-        log._take_lock()
+        if not held:
+            log._held.enter_context(hold_folder(folder))
         try:
             log._open(config, resume=resume)
         except BaseException:
@@ -149,24 +151,13 @@ class RunLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._held.close()
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _take_lock(self) -> None:
-        try:
-            self._lock = lock(self.folder / LOCK)
-        except BlockingIOError as error:
-            raise RuntimeError(
-                f"RunLog.create: one process may write to {self.folder}, got process "
-                f"{error.strerror} at work in it; stop that one, or choose another output folder"
-            ) from error
 
     def _open(self, config: Any, *, resume: bool) -> None:
         folder = self.folder
@@ -213,6 +204,37 @@ class RunLog:
             self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=step)
         for key, value in metrics.items():
             self._tensorboard.add_scalar(key, value, step)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Within, this process alone writes to a run's folder, which is made if it is not there.
+
+    When nothing came into it, what was made is gone afterwards.
+
+    Raises:
+        FileExistsError, NotADirectoryError: as `check_run_folder`.
+        RuntimeError: another process writes to it (or this one, already).
+    """
+    check_run_folder(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = lock(folder / LOCK)
+    except BlockingIOError as error:
+        raise RuntimeError(
+            f"hold_folder: one process may write to {folder}, got process {error.strerror} at "
+            "work in it; stop that one, or choose another output folder"
+        ) from error
+    try:
+        yield
+    finally:
+        if [path.name for path in folder.glob("*")] == [LOCK]:
+            (folder / LOCK).unlink()
+            with suppress(OSError):  # somebody put something else beside it
+                for path in made:
+                    path.rmdir()
+        os.close(descriptor)
 
 
 def check_run_folder(folder: Path) -> None:

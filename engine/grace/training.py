@@ -16,7 +16,7 @@ from tercet.engine.grace.config import GraceConfig
 from tercet.engine.grace.data import Dataset, data_digests, drop_overlong, load_dataset
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.grace.system import GraceSystem
-from tercet.engine.metrics import RunLog, check_run_folder
+from tercet.engine.metrics import RunLog, hold_folder
 from tercet.engine.model import Policy
 from tercet.engine.sampler import TransformersSampler
 from tercet.engine.trainer import Trainer
@@ -50,6 +50,11 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
             `Policy.prove_isolation` (nothing was written); NaN or infinity during training; see
             `Trainer.train`.
     """
+    with hold_folder(Path(config.output_dir)):
+        return _train(config, resume)
+
+
+def _train(config: GraceConfig, resume: bool | None) -> Run:
     folder = Path(config.output_dir)
     resumes = _resumes(folder, config, resume)
     dataset = load_dataset(config.data)
@@ -73,6 +78,7 @@ def train(config: GraceConfig, *, resume: bool | None = None) -> Run:
         total_steps=config.train.max_steps,
         resume=resumes,
         about={"data_sha256": digests},
+        held=True,
     ) as log:
         if not resumes:
             _tell(log, dataset, config)
@@ -118,7 +124,6 @@ def _what_is_saved(folder: Path) -> str:
 
 def _resumes(folder: Path, config: GraceConfig, resume: bool | None) -> bool:
     """Whether to go on with what is in the folder."""
-    check_run_folder(folder)
     settings = folder / "config.yaml"
     if not settings.exists():
         return False

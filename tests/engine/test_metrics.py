@@ -1,5 +1,6 @@
 """The run's folder: what is written, what a kill may do to it, what the screen shows."""
 
+import fcntl
 import io
 import json
 import os
@@ -11,8 +12,8 @@ import pytest
 import yaml
 
 from tercet.engine.environment import cpu_model, git_commit
-from tercet.engine.files import append_jsonl, read_jsonl, rewind_jsonl
-from tercet.engine.metrics import RunLog, progress_line
+from tercet.engine.files import append_jsonl, lock, read_jsonl, rewind_jsonl
+from tercet.engine.metrics import RunLog, hold_folder, progress_line
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,14 @@ METRICS = {
 }
 
 
-def run_log(folder, *, total_steps=10, resume=False, config=None) -> RunLog:
+def run_log(folder, *, total_steps=10, resume=False, config=None, held=False) -> RunLog:
     return RunLog.create(
-        folder, config or Settings(), total_steps=total_steps, resume=resume, file=io.StringIO()
+        folder,
+        config or Settings(),
+        total_steps=total_steps,
+        resume=resume,
+        held=held,
+        file=io.StringIO(),
     )
 
 
@@ -147,6 +153,44 @@ def test_one_process_writes_and_a_killed_one_no_longer(tmp_path):
         run_log(tmp_path)
     with run_log(tmp_path, resume=True):  # a refusal keeps no lock
         pass
+
+
+def test_a_folder_that_nothing_came_into_is_gone_again(tmp_path):
+    folder = tmp_path / "new" / "deep"
+    with hold_folder(folder):
+        assert (folder / "run.lock").read_text() == f"{os.getpid()}\n"
+    assert list(tmp_path.iterdir()) == []
+    with hold_folder(folder):
+        (tmp_path / "new" / "other").write_text("mine")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
+    with hold_folder(tmp_path / "new" / "run"):
+        (tmp_path / "new" / "run" / "config.yaml").write_text("a: 1")
+    assert (tmp_path / "new" / "run" / "run.lock").exists()
+
+
+def test_a_log_in_a_held_folder_leaves_it_held(tmp_path):
+    with hold_folder(tmp_path):
+        with run_log(tmp_path, held=True) as log:
+            log.log(1, METRICS)
+        with pytest.raises(RuntimeError, match="at work in it"), hold_folder(tmp_path):
+            pass
+    with run_log(tmp_path, resume=True):
+        pass
+
+
+def test_a_lock_whose_file_is_gone_is_none(tmp_path, monkeypatch):
+    """Between opening and locking, the holder may remove the file."""
+    path, flock = tmp_path / "run.lock", fcntl.flock
+
+    def remove_once(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_once)
+    descriptor = lock(path)
+    assert path.read_text() == f"{os.getpid()}\n"
+    os.close(descriptor)
 
 
 def test_rows_are_written_at_once(tmp_path):

@@ -21,6 +21,7 @@ from tercet.engine.files import read_jsonl
 from tercet.engine.grace import GraceConfig, GraceEncoder, train
 from tercet.engine.grace.config import GraceData
 from tercet.engine.grace.training import main
+from tercet.engine.metrics import hold_folder
 from tercet.engine.model import Policy
 from tercet.engine.train_config import TrainConfig
 
@@ -263,6 +264,15 @@ def test_weights_that_are_not_finite_write_nothing(make_config, model_folder, tm
     with pytest.raises(RuntimeError, match=r"must be finite, got .* 1 of .*, first lm_head\.wei"):
         train(make_config())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_held_before_anything_is_decided(make_config):
+    config = replace(make_config(), model="/no/such/model")
+    folder = Path(config.output_dir)
+    with hold_folder(folder):
+        with pytest.raises(RuntimeError, match=r"^hold_folder: one process may write to .*; stop"):
+            train(config)
+        assert [path.name for path in folder.iterdir()] == ["run.lock"]
 
 
 def test_a_run_is_not_resumed_into_its_past(make_config):
