@@ -107,7 +107,11 @@ def dead_parts(
 
 
 def _check(
-    rewards: Tensor, groups: Tensor, estimator: str, scale: str, baseline: Tensor | None
+    rewards: Float[Tensor, "*rewards"],
+    groups: Int[Tensor, "*groups"],
+    estimator: str,
+    scale: str,
+    baseline: Float[Tensor, "*baseline"] | None,
 ) -> None:
     if rewards.ndim != 1 or rewards.shape != groups.shape or not len(rewards):
         raise ValueError(
@@ -144,16 +148,22 @@ def _index(groups: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " 
     return index, sizes
 
 
-def _group_mean(x: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
+def _group_mean(
+    x: Float[Tensor, " n"], index: Int[Tensor, " n"], sizes: Int[Tensor, " groups"]
+) -> Float[Tensor, " groups"]:
     return x.new_zeros(len(sizes)).index_add_(0, index, x) / sizes
 
 
-def _group_std(x: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
+def _group_std(
+    x: Float[Tensor, " n"], index: Int[Tensor, " n"], sizes: Int[Tensor, " groups"]
+) -> Float[Tensor, " groups"]:
     squares = (x - _group_mean(x, index, sizes)[index]).square()
     return (_group_mean(squares, index, sizes) * sizes / (sizes - 1).clamp(min=1)).sqrt()
 
 
-def _group_range(x: Tensor, index: Tensor, num_groups: int) -> Tensor:
+def _group_range(
+    x: Float[Tensor, " n"], index: Int[Tensor, " n"], num_groups: int
+) -> Float[Tensor, " groups"]:
     top = x.new_zeros(num_groups).scatter_reduce_(0, index, x, "amax", include_self=False)
     low = x.new_zeros(num_groups).scatter_reduce_(0, index, x, "amin", include_self=False)
     return top - low

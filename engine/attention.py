@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tercet.kernels._typing import Float, Int
+from tercet.kernels._typing import Bool, Float, Int
 
 Backend = Literal["flash_attention_2", "varlen", "sdpa"]
 
@@ -45,9 +45,8 @@ class Layout:
     cu_seqlens: Int[Tensor, " rows_plus_1"]
     max_seqlen: int
     buckets: list[tuple[int, int]]  # (rows, padded length), sdpa only
-    gather: Int[
-        Tensor, " padded"
-    ]  # packed token of each bucket slot; padding repeats the last token
+    # packed token of each bucket slot; padding repeats the last token
+    gather: Int[Tensor, " padded"]
     scatter: Int[Tensor, " n"]  # slot of each packed token
 
 
@@ -189,7 +188,7 @@ def _sdpa_buckets(
     return joined if single else _FromBuckets.apply(joined, layout.scatter)
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
+def _band(length: int, window: int, device: torch.device) -> Bool[Tensor, "length length"]:
     everything = torch.ones(length, length, dtype=torch.bool, device=device)
     return everything.tril() & everything.triu(1 - window)
 
@@ -242,16 +241,16 @@ def _flash(
 
 def _attend(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+    query: Float[Tensor, "batch heads t dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    attention_mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     packed_layout: Layout | None = None,
     **kwargs,
-) -> tuple[Tensor, None]:
+) -> tuple[Float[Tensor, "batch t heads value_dim"], None]:
     if packed_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -31,12 +31,22 @@ class GrowingLayer(DynamicLayer):
     (transformers' own layer copies the whole cache at every step.)
     """
 
-    def __init__(self, keys: Float[Tensor, "batch heads t dim"], values: Tensor) -> None:
+    def __init__(
+        self,
+        keys: Float[Tensor, "batch heads t dim"],
+        values: Float[Tensor, "batch heads t value_dim"],
+    ) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._hold(keys, values)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self,
+        key_states: Float[Tensor, "batch heads new dim"],
+        value_states: Float[Tensor, "batch heads new value_dim"],
+        *args,
+        **kwargs,
+    ) -> tuple[Float[Tensor, "batch heads t dim"], Float[Tensor, "batch heads t value_dim"]]:
         """Appends one step's states; returns everything held (views of the buffers)."""
         end = self._length + key_states.shape[-2]
         if end > self._key_buffer.shape[-2]:
@@ -46,11 +56,16 @@ class GrowingLayer(DynamicLayer):
         self._show(end)
         return self._held(self._key_buffer), self._held(self._value_buffer)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Int[Tensor, " kept"]) -> None:
         """Keeps only these rows."""
         self._hold(self._held(self._key_buffer), self._held(self._value_buffer), indices)
 
-    def _hold(self, keys: Tensor, values: Tensor, indices: Tensor | None = None) -> None:
+    def _hold(
+        self,
+        keys: Float[Tensor, "batch heads t dim"],
+        values: Float[Tensor, "batch heads t value_dim"],
+        indices: Int[Tensor, " kept"] | None = None,
+    ) -> None:
         self._key_buffer = _with_room(keys, indices)
         self._value_buffer = _with_room(values, indices)
         self._show(keys.shape[-2])
@@ -59,11 +74,15 @@ class GrowingLayer(DynamicLayer):
         self._length = length
         self.keys, self.values = self._held(self._key_buffer), self._held(self._value_buffer)
 
-    def _held(self, buffer: Tensor) -> Tensor:
+    def _held(
+        self, buffer: Float[Tensor, "batch heads room dim"]
+    ) -> Float[Tensor, "batch heads t dim"]:
         return buffer[:, :, : self._length]
 
 
-def _with_room(x: Tensor, indices: Tensor | None) -> Tensor:
+def _with_room(
+    x: Float[Tensor, "batch heads t dim"], indices: Int[Tensor, " kept"] | None
+) -> Float[Tensor, "rows heads room dim"]:
     rows = len(x) if indices is None else len(indices)
     shape = (rows, x.shape[1], x.shape[2] + CACHE_ROOM, x.shape[3])
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -145,7 +164,9 @@ def prefill(
     return state, RunningPool(pool, torch.cat(vectors)[which], count)
 
 
-def _slots(lengths: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+def _slots(
+    lengths: Int[Tensor, " prompts"], which: Int[Tensor, " batch"]
+) -> tuple[Int[Tensor, "batch t"], Bool[Tensor, "batch t"]]:
     """Packed token of every cache slot [batch, t], and which slots are real."""
     starts = lengths.cumsum(0) - lengths
     longest = int(lengths.max())

@@ -149,7 +149,12 @@ class Trainer:
         return metrics
 
     def step(self, step: int) -> dict[str, float]:
-        """One batch of rollouts and the updates on it.  Returns the step's metrics."""
+        """One batch of rollouts and the updates on it.  Returns the step's metrics.
+
+        Raises:
+            RuntimeError: NaN or infinity; see `train`.
+            ValueError: requests, completions or rewards that do not fit together; see guards.py.
+        """
         rollouts: Rollouts | None = None
         rewards: Rewards | None = None
         clock = Clock(self.policy.device)

@@ -121,7 +121,12 @@ class Contrastive:
         return [self.examples[i] for i in self._epochs.rows((step - 1) * size, size)]
 
     def backward(self, step: int) -> dict[str, float]:
-        """Adds the gradient of one batch; loss in nats, cosine of positives and of others."""
+        """Adds the gradient of one batch; loss in nats, cosine of positives and of others.
+
+        Raises:
+            RuntimeError: SimCSE whose two views of the texts are equal.
+            ValueError: a text that `PromptBuilder` refuses.
+        """
         rows = self.batch(step)
         documents = [self.prompt(example.document) for example in rows]
         if self.config.method == "simcse":
