@@ -55,6 +55,11 @@ def test_greedy_baselines_are_added_once_per_group_and_put_in_place():
     assert [c.ids[0] for c in greedy.completions] == [15, 15, 12, 16, 16]
 
 
+def test_a_greedy_baseline_answers_the_rollouts_prompt():
+    query = Request(prompt_ids=[9], params=SamplingParams(), group=0, role="query")
+    assert with_greedy([query, request(0)])[-1].prompt_ids == request(0).prompt_ids
+
+
 def test_rollouts_without_baselines_stay_as_they_are():
     rollouts = Rollouts(requests=[request(0)], completions=[completion(3)])
     assert split_greedy(rollouts) == (rollouts, rollouts)

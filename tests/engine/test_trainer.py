@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tercet.engine.checkpoint import read_run
 from tercet.engine.files import read_jsonl
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.records import Completion, Rewards
+from tercet.engine.rollout import request_seed
 from tercet.engine.sampler import TransformersSampler
 from tercet.engine.trainer import TrainConfig, Trainer
 
@@ -78,6 +80,7 @@ def test_every_step_logs_what_a_reader_needs(policy, tmp_path):
     assert 0.05 < first["memory_gb"] < 64
     parts = ("time/sample_s", "time/score_s", "time/update_s")
     assert first["time/step_s"] == pytest.approx(sum(first[part] for part in parts))
+    assert not policy.model.training
 
 
 def test_off_policy_updates_are_clipped_towards_the_old_policy(policy, tmp_path):
@@ -113,6 +116,62 @@ class Recorder:
         if self.embeddings:
             return self.given[-1]
         return [Completion(ids=c.ids, logp=c.logp, finished=c.finished) for c in self.given[-1]]
+
+
+def test_requests_are_seeded_by_seed_step_and_place(policy, tmp_path):
+    trainer = make_trainer(policy, LikesOneToken(), tmp_path, seed=3, max_steps=2)
+    trainer.sampler = recorder = Recorder(policy)
+    trainer.train()
+    for step, asked in enumerate(recorder.asked, start=1):
+        assert [r.params.seed for r in asked] == [request_seed(3, step, i) for i in range(16)]
+
+
+def test_a_reference_that_is_given_is_used_and_none_is_made_without_beta(
+    policy, make_tiny_model, tmp_path
+):
+    log = RunLog.create(tmp_path, TrainConfig(), total_steps=1)
+    sampler, given = TransformersSampler(policy), Policy(make_tiny_model("qwen3", seed=1))
+    for beta, reference in ((0.1, given), (0.0, None)):
+        config = TrainConfig(beta=beta)
+        trainer = Trainer(policy, sampler, LikesOneToken(), config, log, reference=reference)
+        assert trainer.reference is reference
+
+
+def test_evaluation_is_before_every_so_many_and_after_the_last_step(policy, tmp_path):
+    make_trainer(policy, LikesOneToken(), tmp_path, max_steps=3, eval_steps=2).train()
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/step_seen" in row] == [0, 2, 3]
+
+
+class Counts(LikesOneToken):
+    """Pays in float64 with a graph behind it, and counts something."""
+
+    def rewards(self, rollouts):
+        rewards = super().rewards(rollouts)
+        weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+        return Rewards(
+            total=rewards.total * weight,
+            parts={"share": rewards.parts["share"] * weight},
+            counts={"groups/odd": 7.0},
+        )
+
+    def samples(self, rollouts, rewards):
+        self.seen = rewards
+        return []
+
+
+def test_rewards_are_taken_as_plain_float32_with_their_counts(policy, tmp_path):
+    system = Counts()
+    metrics = make_trainer(policy, system, tmp_path, logging_steps=1).train()
+    assert metrics["groups/odd"] == 7.0
+    for values in (system.seen.total, system.seen.parts["share"]):
+        assert values.dtype == torch.float32
+        assert not values.requires_grad
+
+
+def test_metrics_are_the_mean_over_the_updates_of_a_step(policy, tmp_path):
+    metrics = make_trainer(policy, FlatFirstGroup(), tmp_path, mini_batches=2).train()
+    assert metrics["rows_left_out"] == 2.0  # 4 in the first update, 0 in the second
 
 
 class FlatFirstGroup(LikesOneToken):
@@ -197,6 +256,20 @@ def test_all_rollouts_truncated_is_counted_and_told_once(policy, tmp_path):
     assert metrics["completions/clipped_ratio"] == 1.0
     assert metrics["completions/mean_length"] == 2.0
     assert sum("no rollout of the batch ended" in m for m in messages(tmp_path)) == 1
+
+
+def test_one_finished_rollout_is_enough_not_to_be_told(policy, tmp_path):
+    policy.model.generation_config.eos_token_id = None
+    trainer = make_trainer(policy, LikesOneToken(max_completion_length=2), tmp_path)
+    inner = trainer.sampler
+
+    def end_the_first(requests):
+        first, *others = inner.sample(requests)
+        return [replace(first, finished=True), *others]
+
+    trainer.sampler = Answers(end_the_first)
+    trainer.train()
+    assert not any("no rollout of the batch ended" in m for m in messages(tmp_path))
 
 
 class Even(LikesOneToken):
@@ -412,6 +485,15 @@ def test_threads_are_as_set_and_given_back(policy, tmp_path, threads):
     assert set(seen) == {threads or 3}
 
 
+def test_a_checkpoint_knows_its_run_and_only_the_newest_stay(policy, tmp_path):
+    trainer = make_trainer(
+        policy, LikesOneToken(), tmp_path, max_steps=3, save_steps=1, save_total_limit=2
+    )
+    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert read_run(tmp_path / "checkpoint-3")["settings"]["save_total_limit"] == 2
+
+
 def test_a_finished_run_is_not_trained_again(policy, tmp_path):
     trainer = make_trainer(policy, LikesOneToken(), tmp_path, max_steps=2)
     final = trainer.train()
@@ -441,8 +523,10 @@ def test_weights_that_overflow_leave_the_last_good_checkpoint(
         return toy["make_trainer"](policy, LikesOneToken(), config, tmp_path, resume=True)
 
     spoilt = go_on(learning_rate=rate, weight_decay=decay)
-    with pytest.raises(RuntimeError, match=r"step 2: weights after .* lower learning_rate or wei"):
+    told = r"step 2: weights after .* lower learning_rate or wei"
+    with pytest.raises(RuntimeError, match=told) as caught:
         spoilt.train()
+    assert "the update was not made" not in str(caught.value)
     spoilt.log.close()
     assert json.loads((tmp_path / "nan_step.json").read_text())["step"] == 2
     assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == before
