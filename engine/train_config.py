@@ -9,6 +9,7 @@ from typing import Literal
 Estimator = Literal["grpo", "rloo", "reinforce++", "remax", "dapo"]
 ScaleRewards = Literal["none", "group", "batch"]
 Schedule = Literal["constant", "linear", "cosine"]
+LARGEST_RATE = 1e30  # of learning and decay: torch wants a float32 of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +63,9 @@ class TrainConfig:
         _check("seed", self.seed, "be in [0, 2^63)", 0 <= self.seed < 2**63)
         for name in ("warmup_steps", "eval_steps", "save_steps"):
             _check(name, getattr(self, name), "be >= 0", getattr(self, name) >= 0)
-        for name in ("learning_rate", "weight_decay"):  # torch wants a float32 of them
-            _check(name, getattr(self, name), "be in [0, 1e30]", 0 <= getattr(self, name) <= 1e30)
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            _check(name, value, "be in [0, 1e30]", 0 <= value <= LARGEST_RATE)
         for name in ("beta", "entropy_coef"):
             value = getattr(self, name)
             _check(name, value, "be finite and >= 0", math.isfinite(value) and value >= 0)

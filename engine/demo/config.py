@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-from tercet.engine.train_config import Schedule
+from tercet.engine.train_config import LARGEST_RATE, Schedule
 
 MAX_COMPLETION_LENGTH = 64  # tokens that the tiny model's positions leave beside a prompt
 
@@ -33,6 +32,20 @@ class PretrainConfig:
         for name in ("max_steps", "batch_size", "noisy_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"PretrainConfig: {name} must be >= 1, got {getattr(self, name)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"PretrainConfig: warmup_steps must be >= 0, got {self.warmup_steps}")
+        for name in ("learning_rate", "text_weight"):
+            _check_rate("PretrainConfig", name, getattr(self, name))
+        for name in ("p_vague", "p_right"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"PretrainConfig: {name} must be in [0, 1], got {getattr(self, name)}"
+                )
+
+
+def _check_rate(owner: str, name: str, value: float) -> None:
+    if not 0.0 <= value <= LARGEST_RATE:
+        raise ValueError(f"{owner}: {name} must be in [0, 1e30], got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +92,4 @@ class GraceDemoConfig:
                 f"tiny model's positions), got {self.max_completion_length}"
             )
         for name in ("learning_rate", "contrastive_learning_rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"GraceDemoConfig: {name} must be finite and >= 0, got {value}")
+            _check_rate("GraceDemoConfig", name, getattr(self, name))

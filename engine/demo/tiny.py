@@ -223,7 +223,7 @@ def pretrain(
                 f"got {accuracy:.2f}; raise max_steps or take another seed than {seed}"
             )
         steps += 1
-        warm = min(1.0, steps / config.warmup_steps)
+        warm = min(1.0, steps / max(config.warmup_steps, 1))
         now = trainer.step(trainer.batch(noisy=False), config.learning_rate * warm)
         accuracy += 0.1 * (now - accuracy)
         if progress is not None:

@@ -80,10 +80,11 @@ class PretrainConfig:
                 "PretrainConfig: 1 <= min_words <= max_words must hold, "
                 f"got {self.min_words} and {self.max_words}"
             )
-        if self.text_weight < 0 or self.per_device_train_batch_size < 1:
+        finite = 0 <= self.text_weight < float("inf")
+        if not finite or self.per_device_train_batch_size < 1:
             raise ValueError(
-                "PretrainConfig: text_weight must be >= 0 and per_device_train_batch_size >= 1, "
-                f"got {self.text_weight} and {self.per_device_train_batch_size}"
+                "PretrainConfig: text_weight must be finite and >= 0, per_device_train_batch_size "
+                f">= 1, got {self.text_weight} and {self.per_device_train_batch_size}"
             )
 
 

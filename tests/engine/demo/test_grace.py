@@ -186,8 +186,9 @@ BAD_SETTINGS = {
     "max_steps must be >= 1, got 0": {"max_steps": 0},
     "num_generations must be >= 2, got 1": {"num_generations": 1},
     "groups_per_step must be >= 2, got 1": {"groups_per_step": 1},
-    "learning_rate must be finite and >= 0, got nan": {"learning_rate": float("nan")},
-    "contrastive_learning_rate must be finite and >= 0, got -1.0": {
+    r"learning_rate must be in \[0, 1e30\], got nan": {"learning_rate": float("nan")},
+    r"learning_rate must be in \[0, 1e30\], got 1e\+300": {"learning_rate": 1e300},
+    r"contrastive_learning_rate must be in \[0, 1e30\], got -1.0": {
         "contrastive_learning_rate": -1.0
     },
     "max_completion_length must be >= 1, got 0": {"max_completion_length": 0},
@@ -200,6 +201,22 @@ BAD_SETTINGS = {
 def test_bad_settings_are_named(message):
     with pytest.raises(ValueError, match=f"^GraceDemoConfig: {message}"):
         GraceDemoConfig(**BAD_SETTINGS[message])
+
+
+BAD_PRETRAINING = {
+    r"accuracy must be in \(0, 1\), got 1.0": {"accuracy": 1.0},
+    "noisy_steps must be >= 1, got 0": {"noisy_steps": 0},
+    "warmup_steps must be >= 0, got -1": {"warmup_steps": -1},
+    r"learning_rate must be in \[0, 1e30\], got -1.0": {"learning_rate": -1.0},
+    r"text_weight must be in \[0, 1e30\], got inf": {"text_weight": float("inf")},
+    r"p_right must be in \[0, 1\], got 1.5": {"p_right": 1.5},
+}
+
+
+@pytest.mark.parametrize("message", BAD_PRETRAINING)
+def test_bad_settings_of_pretraining_are_named(message):
+    with pytest.raises(ValueError, match=f"^PretrainConfig: {message}"):
+        PretrainConfig(**BAD_PRETRAINING[message])
 
 
 def test_settings_know_the_tiny_model():

@@ -131,6 +131,8 @@ def test_bad_settings_are_named(tokenizer):
         ScratchModel(hidden_size=30)
     with pytest.raises(ValueError, match="1 <= min_words <= max_words"):
         PretrainConfig(min_words=4, max_words=2)
+    with pytest.raises(ValueError, match=r"text_weight must be finite and >= 0, .* got nan and 32"):
+        PretrainConfig(text_weight=float("nan"))
     with pytest.raises(ValueError, match="must be texts"):
         build_tokenizer([], 512)
     prompt = PromptBuilder(tokenizer, max_prompt_length=128, system_prompt="Name.")
