@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 if shutil.which("nvidia-smi") is None:  # as conftest.py does, and before anything imports Triton
@@ -45,9 +46,12 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            status = 3  # pytest's for an internal error
+            status = 1  # Python's own, where an exception ends it
             try:
                 status = int(run(**json.loads(line)))
+            except BaseException:
+                traceback.print_exc()
+                raise
             finally:
                 sys.stdout.flush()
                 os._exit(status)
