@@ -1,8 +1,8 @@
-"""The loop: sample, score, advantage, update, log, save.
+"""Training from rewards: sample, score, advantage, update; around it stands loop.py.
 
-A system (GRACE, a reward model, a toy) says what to sample and what a completion earns; the loop
-knows nothing of texts.  Whatever a step draws depends on (seed, step) alone, so a run that was
-killed goes on from its last checkpoint exactly as if nothing had happened.
+A system (GRACE, a reward model, a toy) says what to sample and what a completion earns; the
+trainer knows nothing of texts.  Whatever a step draws depends on (seed, step) alone, so a run that
+was killed goes on from its last checkpoint exactly as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tercet.engine.advantage import advantages, dead_parts, flat_groups
-from tercet.engine.checkpoint import load_latest, save_checkpoint
 from tercet.engine.environment import torch_threads
 from tercet.engine.files import replace_text
 from tercet.engine.guards import (
@@ -28,6 +27,7 @@ from tercet.engine.guards import (
     check_rewards,
     plain_rows,
 )
+from tercet.engine.loop import Loop, due
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.records import Request, Rewards, Rollouts
@@ -108,12 +108,8 @@ class Trainer:
         if config.beta > 0 and reference is None:
             frozen = copy.deepcopy(policy.model).requires_grad_(False)
             self.reference = Policy(frozen, policy.tokenizer, attn=policy.attn)
-        self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-        )
+        self.loop = Loop(policy, config, log)
+        self.optimizer = self.loop.optimizer
         self._told: set[str] = set()  # warnings that are given once per run
 
     def train(self) -> dict[str, float]:
@@ -131,22 +127,14 @@ class Trainer:
             return self._train()
 
     def _train(self) -> dict[str, float]:
-        config = self.config
-        start = self._resume()
+        told = self.loop.resume().get("told")
+        self._told = {key for key in told if isinstance(key, str)} if type(told) is list else set()
         self._check_precision()
-        metrics = self.log.last_metrics()
-        if start == 0 and config.eval_steps:
-            self.log.log(0, self._evaluate(0))
-        for step in range(start + 1, config.max_steps + 1):
-            last = step == config.max_steps
-            self.log.step = step
-            metrics = self.step(step)
-            if _due(step, config.eval_steps) or (last and config.eval_steps):
-                metrics |= self._evaluate(step)
-            self.log.log(step, metrics, show=last or _due(step, config.logging_steps))
-            if last or _due(step, config.save_steps):
-                self._save(step)
-        return metrics
+        return self.loop.run(
+            self.step,
+            evaluate=self.system.evaluate,
+            state=lambda: {"told": sorted(self._told)},
+        )
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of rollouts and the updates on it.  Returns the step's metrics.
@@ -241,9 +229,7 @@ class Trainer:
     def _update(self, batch: Batch, step: int) -> dict[str, float]:
         """mini_batches * num_iterations optimiser steps; the mean of their metrics."""
         config = self.config
-        rate = config.learning_rate_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = self.loop.set_rate(step)
         self.policy.model.train()
         updates = [
             optimise(self.policy, self.optimizer, batch.rows(rows), config)
@@ -258,12 +244,9 @@ class Trainer:
         }
         return {**means, "learning_rate": rate}
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        return {f"eval/{key}": value for key, value in self.system.evaluate(step).items()}
-
     def _tell(self, step: int, rollouts: Rollouts, rewards: Rewards) -> None:
         """Readable samples, and what the user should hear of once per run."""
-        if _due(step, self.config.logging_steps):
+        if due(step, self.config.logging_steps):
             self.log.samples(step, self.system.samples(rollouts, rewards))
         groups = groups_of(rollouts)
         if bool(flat_groups(rewards.total, groups).all()):
@@ -299,29 +282,6 @@ class Trainer:
             self._told.add(key)
             self.log.warn(message)
 
-    def _resume(self) -> int:
-        """The step that is already done; 0 for a fresh run."""
-        found = load_latest(self.log.folder, self.policy, self.optimizer, warn=self.log.warn)
-        if found is None:
-            self.log.rewind(-1)
-            return 0
-        told = found.state.get("told")
-        self._told = {key for key in told if isinstance(key, str)} if type(told) is list else set()
-        self.log.rewind(found.step)
-        self.log.info(f"going on from {found.folder}")
-        return found.step
-
-    def _save(self, step: int) -> None:
-        save_checkpoint(
-            self.log.folder,
-            step,
-            self.policy,
-            self.optimizer,
-            {"told": sorted(self._told)},
-            run=self.log.about,
-            save_total_limit=self.config.save_total_limit,
-        )
-
     def _stopped(
         self,
         step: int,
@@ -341,7 +301,3 @@ class Trainer:
             f"Trainer: step {step}: {error}{done}; "
             f"see {path} and {self.log.folder / 'samples.jsonl'}"
         )
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
