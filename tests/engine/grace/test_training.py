@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -375,7 +376,8 @@ def test_ctrl_c_says_what_was_saved(make_config, tmp_path, save_steps, said):
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     command = [str(Path(sys.executable).with_name("tercet")), "grace", "train"]
     command += ["--config", str(tmp_path / "c.yaml")]
-    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as run:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is deaf
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, preexec_fn=heard) as run:
         assert run.stdout is not None
         assert any(line.startswith("step 3/") for line in run.stdout)
         run.send_signal(signal.SIGINT)
