@@ -41,10 +41,21 @@ def _reject_unknown(cls: type, data: dict, where: str, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in data:
         if key not in known:
+            inside = _places(cls, prefix)
             raise ConfigError(
                 f"{where}: unknown key '{prefix}{key}'; "
-                f"the nearest known one is '{prefix}{nearest(str(key), known)}'"
+                f"the nearest known one is '{inside[nearest(str(key), list(inside))]}'"
             )
+
+
+def _places(cls: type, prefix: str) -> dict[str, str]:
+    """Where each key of a dataclass stands; its own go before those of dataclasses inside it."""
+    places = {f.name: f"{prefix}{f.name}" for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for name, place in list(places.items()):
+        inner = _nested_dataclass(hints[name])
+        places = places if inner is None else _places(inner, f"{place}.") | places
+    return places
 
 
 def _yaml_loader(path: str | Path) -> type:

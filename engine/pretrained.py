@@ -57,7 +57,7 @@ def load_pretrained(
     """
     if device is not None:
         _check_device(device)
-    source = _find(path)
+    source = find_model(path)
     with _Loading(source, "model", "config.json and *.safetensors"), no_file_bars():
         loaded = AutoModelForCausalLM.from_pretrained(
             source,
@@ -96,8 +96,12 @@ def no_file_bars() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _find(path: str | Path) -> str:
-    """A folder with a model in it, or a hub id; what is neither fails before the hub is asked."""
+def find_model(path: str | Path) -> str:
+    """A folder with a model in it, or a hub id.
+
+    Raises:
+        FileNotFoundError: neither; names the newest checkpoint where `path` is its run's folder.
+    """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)

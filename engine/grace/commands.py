@@ -129,6 +129,9 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
         raise FileNotFoundError(
             f"eval: output must be a file in a folder that exists, got {config.output}; make it"
         )
+    from tercet.engine.pretrained import find_model  # loads torch
+
+    find_model(config.model)  # a wrong path is not a model that names no rows
     found = held_out(config.model, config.data)
     if len(found.examples) < 2:
         raise ValueError(

@@ -65,6 +65,7 @@ def test_changes_name_each_key_with_both_values(yaml_file):
     ("text", "message"),
     [
         ("data: a\nmod: x", "unknown key 'mod'; the nearest known one is 'mode'"),
+        ("data: a\nlearning_rat: 1", "the nearest known one is 'train.learning_rate'"),
         ("data: a\ntrain: {learning_rat: 1}", "'train.learning_rat'; .* 'train.learning_rate'"),
         ("data: 3", "data: Input should be a valid string, got 3"),
         ("data: a\ntrain: {max_steps: 1.5}", "train.max_steps: .*integer.*, got 1.5"),

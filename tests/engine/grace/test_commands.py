@@ -211,6 +211,13 @@ def test_what_is_not_as_the_run_measured_is_said(checkpoint, tmp_path, capsys):
     assert "each text finds itself" not in said
 
 
+def test_eval_of_what_is_no_checkpoint_names_the_one_that_is(checkpoint, tmp_path, capsys):
+    assert main(["grace", "eval", "--model", str(tmp_path / "run")]) == 1
+    assert f"did you mean {checkpoint}?" in capsys.readouterr().err
+    assert main(["grace", "eval", "--model", str(tmp_path / "nope" / "checkpoint-1")]) == 1
+    assert f"no folder {tmp_path / 'nope'}" in capsys.readouterr().err
+
+
 def test_eval_needs_two_held_out_rows_and_a_place_for_its_output(checkpoint, tmp_path, capsys):
     argv = ["grace", "eval", "--model", checkpoint]
     assert main(argv) == 1
