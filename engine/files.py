@@ -32,17 +32,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     *lines, _cut = path.read_bytes().split(b"\n")  # _cut: nothing, or half a line
     rows = []
     for number, line in enumerate(lines, start=1):
-        bad = f"read_jsonl: {path}:{number} must be a JSON object in UTF-8, got "
-        remedy = "; restore the file from a copy, or delete the line"
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            told = line[:80].decode("utf-8", "replace")
-            raise ValueError(f"{bad}{told!r} ({error}){remedy}") from error
+            raise _no_object(path, number, line, f" ({error})") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{bad}{line[:80].decode('utf-8', 'replace')!r}{remedy}")
+            raise _no_object(path, number, line)
         rows.append(row)
     return rows
+
+
+def _no_object(path: Path, number: int, line: bytes, why: str = "") -> ValueError:
+    return ValueError(
+        f"read_jsonl: {path}:{number} must be a JSON object in UTF-8, got "
+        f"{line[:80].decode('utf-8', 'replace')!r}{why}; "
+        "restore the file from a copy, or delete the line"
+    )
 
 
 def rewind_jsonl(path: Path, *, last_step: int | None) -> int:
