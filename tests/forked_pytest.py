@@ -1,15 +1,16 @@
 """Runs pytest many times from one process that has imported torch: each run is a fork of it.
 
 Reads lines of JSON: "tree" (a copy of the repository, see mutation.py), "tests" (arguments for
-pytest), "output" (a file for what it prints) and "timeout_s".  Answers each with a wait status.
+pytest), "output" (a file for what it prints) and "timeout_s".  Answers each with an exit status,
+below 0 where a signal ended the run.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 if shutil.which("nvidia-smi") is None:  # as conftest.py does, and before anything imports Triton
@@ -25,8 +26,8 @@ import transformers.models.qwen2
 import transformers.models.qwen3  # noqa: F401
 
 
-def run(tree: str, tests: list[str], output: str, timeout_s: int) -> int:
-    """Exit status of pytest in the tree; for the child alone."""
+def run(tree: str, tests: list[str], output: str, timeout_s: int) -> None:
+    """Ends this process, a child, with the exit status of pytest in the tree."""
     signal.alarm(timeout_s)  # whose default is to end the process
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(log, sys.stdout.fileno())
@@ -36,26 +37,19 @@ def run(tree: str, tests: list[str], output: str, timeout_s: int) -> int:
     sys.path.insert(0, path)
     os.environ["PYTHONPATH"] = path  # of processes that tests start
     quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
-    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *quiet, *tests])
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *quiet, *tests])))
 
 
 def main() -> None:
     torch.set_num_threads(1)  # a fork has no threads but the one
     sys.meta_path[:] = [f for f in sys.meta_path if "tercet" not in type(f).__module__]
     answers = os.dup(sys.stdout.fileno())
+    fork = multiprocessing.get_context("fork")
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            status = 1  # Python's own, where an exception ends it
-            try:
-                status = int(run(**json.loads(line)))
-            except BaseException:
-                traceback.print_exc()
-                raise
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        os.write(answers, f"{os.waitpid(child, 0)[1]}\n".encode())
+        child = fork.Process(target=run, kwargs=json.loads(line))
+        child.start()
+        child.join()
+        os.write(answers, f"{child.exitcode}\n".encode())
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ class Worker:
         assert server.stdout is not None
         server.stdin.write(json.dumps(call | {"timeout_s": TIMEOUT_S}) + "\n")
         server.stdin.flush()
-        status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
-        return status, output.read_text()
+        return int(server.stdout.readline()), output.read_text()
 
     def close(self) -> None:
         if self._server is not None:
