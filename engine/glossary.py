@@ -38,6 +38,7 @@ MEANINGS = {
     "eval/distinct_share": "different rationales over rationales; near 0 they are one sentence",
     "eval/sts_spearman": "rank correlation of cosines with people's similarity scores",
     "eval/held_out_loss": "next-token loss of the documents as plain text, nats per token",
+    "eval/prompts_truncated": "held-out texts that were cut to max_prompt_length",
     "eval/mean_length": "tokens of a held-out rationale, mean",
     "eval/clipped_ratio": "share of held-out rationales cut off by the limit",
     "cosine/positive": "mean cosine of a query and its document in the batch",

@@ -30,12 +30,10 @@ def read_with_rationales(
     """
     texts = world.held_out()
     sentences = [text.text for text in texts]
-    greedy = encoder.encode(sentences, max_completion_length=max_completion_length)
+    how = {"max_completion_length": max_completion_length, "warn": False}  # see "truncated" below
+    greedy = encoder.encode(sentences, **how)
     sampled = [
-        encoder.encode(
-            sentences, max_completion_length=max_completion_length, temperature=1.0, seed=seed
-        )
-        for seed in range(repeats)
+        encoder.encode(sentences, temperature=1.0, seed=seed, **how) for seed in range(repeats)
     ]
     measures = [
         {

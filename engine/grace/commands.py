@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tercet.engine.grace.encoder import GraceEncoder
     from tercet.engine.grace.readout import Corpus
 
+# how a text becomes a vector: options here, and fields of EncoderSettings
+EMBEDDING = ("system_prompt", "max_prompt_length", "max_completion_length", "pooling")
 StsPairs = tuple[list[str], list[str], list[float]]  # both sides of every pair, and their scores
 
 
@@ -35,6 +37,8 @@ class EncodeConfig:
     output_dir: str  # gets vectors.safetensors (float32 [n, hidden]) and rationales.jsonl
     column: str = "text"  # of .jsonl and .parquet
     generate: bool = True  # False: embed the prompt alone
+    system_prompt: str | None = None  # before every text; None: as in training, else GRACE's own
+    max_prompt_length: int | None = None  # tokens, template included; None: likewise, else 1024
     max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0  # of the samples
@@ -63,16 +67,16 @@ def encode(argv: Sequence[str], prog: str) -> int:
 
     from safetensors.torch import save_file
 
-    encoder = _encoder(config)
+    encoder = _encoder(config, prog)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         encoded = encoder.encode(
             texts,
             generate=config.generate,
-            max_completion_length=config.max_completion_length,
             temperature=config.temperature,
             seed=config.seed,
             normalize=config.normalize,
+            warn=False,  # said below
         )
         partial = Path(scratch) / folder.name
         partial.mkdir()
@@ -106,6 +110,8 @@ class EvalConfig:
     data: EvalData = field(default_factory=EvalData)
     sts: str | None = None  # .jsonl or .parquet with sentence1, sentence2 and score
     output: str | None = None  # a JSON file that gets the figures too
+    system_prompt: str | None = None  # before every text; None: as in training, else GRACE's own
+    max_prompt_length: int | None = None  # tokens, template included; None: likewise, else 1024
     max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float | None = None  # 0 is greedy; None: as the run measured, else 1
     seed: int | None = None  # of the samples; None: as the run measured, else 0
@@ -144,11 +150,12 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     from tercet.engine.grace.readout import corpus_of, sampling_of
 
     how = {"temperature": 1.0, "seed": 0} if found.run is None else sampling_of(found.run)
-    given = {"temperature": config.temperature, "seed": config.seed}
-    how |= {name: value for name, value in given.items() if value is not None}
-    sys.stderr.writelines(f"{prog}: {note}\n" for note in [*found.notes, *_notes(found, how)])
-    encoder = _encoder(config, found.run)
-    how["max_completion_length"] = config.max_completion_length or encoder.max_completion_length
+    how |= _given(config, ("temperature", "seed"))
+    sys.stderr.writelines(
+        f"{prog}: {note}\n" for note in [*found.notes, *_notes(found, how, config)]
+    )
+    encoder = _encoder(config, prog, found.run)
+    how["max_completion_length"] = encoder.max_completion_length
     corpus = corpus_of(found.examples)
     with _precision(encoder, found.run):
         columns = {
@@ -159,18 +166,31 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     rows = {"rows": len(found.examples), "rows_trained_on": found.num_trained_on}
     _show(f"{config.model}: {len(found.examples)} rows, {_told(how)}", columns)
     if config.output is not None:
-        facts = {"model": config.model, **rows, "settings": {**how, "pooling": encoder.pooling}}
+        facts = {"model": config.model, **rows, "settings": how | asdict(encoder.settings)}
         replace_text(Path(config.output), json.dumps(facts | columns, indent=2) + "\n")
         sys.stdout.write(f"wrote {config.output}\n")
     return 0
 
 
-def _notes(found: HeldOut, how: dict[str, Any]) -> list[str]:
+def _given(config: EncodeConfig | EvalConfig, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options that were set."""
+    return {name: v for name in names if (v := getattr(config, name)) is not None}
+
+
+def _notes(found: HeldOut, how: dict[str, Any], config: EvalConfig) -> list[str]:
     """What a reader of the figures should know."""
     from tercet.engine.grace.readout import sampling_of
 
-    before = {} if found.run is None else sampling_of(found.run)
-    changed = [f"{k} {v} -> {how[k]}" for k, v in before.items() if how[k] != v]
+    before, now = {}, how
+    if (run := found.run) is not None:
+        before = sampling_of(run) | {
+            "system_prompt": run.data.system_prompt,
+            "max_prompt_length": run.data.max_prompt_length,
+            "max_completion_length": run.max_completion_length,
+            "pooling": run.pooling,
+        }
+        now = before | how | _given(config, EMBEDDING)
+    changed = [f"{k} {v!r} -> {now[k]!r}" for k, v in before.items() if now[k] != v]
     notes = [f"not as the run measured ({', '.join(changed)})"] if changed else []
     if how["temperature"] == 0 and all(example.query is None for example in found.examples):
         notes.append(
@@ -193,18 +213,28 @@ def _text(row: dict[str, object], column: str, where: str) -> str:
     return check_text("encode", column, row[column], where)
 
 
-def _encoder(config: EncodeConfig | EvalConfig, run: GraceConfig | None = None) -> GraceEncoder:
+def _encoder(
+    config: EncodeConfig | EvalConfig, prog: str, run: GraceConfig | None = None
+) -> GraceEncoder:
+    """The encoder of a command; says which settings are mere defaults."""
     import torch
 
+    from tercet.engine.checkpoint import RUN
     from tercet.engine.grace.encoder import GraceEncoder
 
-    return GraceEncoder.from_pretrained(
+    given = _given(config, EMBEDDING)
+    encoder = GraceEncoder.from_pretrained(
         config.model,
         dtype=torch.bfloat16 if run is not None and run.dtype == "bfloat16" else torch.float32,
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        pooling=config.pooling,
         max_batch_size=config.max_batch_size,
+        **given,
     )
+    settings = asdict(encoder.settings) | {"system_prompt": "GRACE's own"}
+    defaults = {name: value for name, value in settings.items() if name not in given}
+    if defaults and not (Path(config.model).expanduser() / RUN).is_file():
+        sys.stderr.write(f"{prog}: {config.model} has no {RUN}, so by default {_told(defaults)}\n")
+    return encoder
 
 
 def _precision(encoder: GraceEncoder, run: GraceConfig | None) -> AbstractContextManager[object]:

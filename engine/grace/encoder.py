@@ -10,6 +10,7 @@ are tokenised again, and a second copy of the model embeds them; here the defaul
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from tercet.engine.records import (
 )
 from tercet.engine.sampler import Sampler, TransformersSampler
 from tercet.kernels._typing import Float
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,16 @@ class GraceEncoder:
             else sampler
         )
 
+    @property
+    def settings(self) -> EncoderSettings:
+        """How texts become vectors here."""
+        return EncoderSettings(
+            system_prompt=self.prompt.system_prompt,
+            max_prompt_length=self.prompt.max_prompt_length,
+            max_completion_length=self.max_completion_length,
+            pooling=self.pooling,
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -163,6 +176,7 @@ class GraceEncoder:
         num_samples: int = 1,
         seed: int | None = None,
         normalize: bool = True,
+        warn: bool = True,
     ) -> Encoded:
         """Embeddings of texts, each pooled from the hidden states of text, header and rationale.
 
@@ -180,11 +194,14 @@ class GraceEncoder:
                 with normalize=False), and `Encoded.variance` says how far they are apart.
             seed: of the samples; None draws new ones at every call.
             normalize: vectors of length 1.
+            warn: log how many texts and rationales were cut; False where the caller shows
+                `Encoded.num_prompts_truncated` and `Encoded.num_truncated` itself.
 
         Raises:
             TypeError: a single string, or a text that is not one.
             ValueError: num_samples < 1, several greedy samples, settings that SamplingParams
-                refuses, or hidden states that are not finite.
+                refuses, a prompt that with its rationale exceeds the model's positions, or hidden
+                states that are not finite.
         """
         _check_texts(texts)
         length = max_completion_length
@@ -202,6 +219,7 @@ class GraceEncoder:
         repeatable = not generate or temperature == 0 or seed is not None
         distinct = list(dict.fromkeys(texts)) if repeatable else list(texts)
         prompts = [self.prompt(text) for text in distinct]
+        self._check_positions(prompts, params.max_completion_length if generate else 0)
         if generate:
             seeds = [[_seed(seed, text, k) for k in range(num_samples)] for text in distinct]
             written = self._write(prompts, seeds, params)
@@ -210,7 +228,44 @@ class GraceEncoder:
         _check_finite(written.vectors, distinct)
         place = {text: i for i, text in enumerate(distinct)}
         rows = [place[text] for text in texts] if repeatable else list(range(len(texts)))
-        return _encoded(written, prompts, rows, normalize=normalize)
+        found = _encoded(written, prompts, rows, normalize=normalize)
+        if warn:
+            self._warn_of_cuts(found, params.max_completion_length)
+        return found
+
+    def _warn_of_cuts(self, found: Encoded, budget: int) -> None:
+        if found.num_prompts_truncated:
+            log.warning(
+                "encode: %d of %d texts lost their end to fit max_prompt_length=%d",
+                found.num_prompts_truncated,
+                len(found),
+                self.prompt.max_prompt_length,
+            )
+        if found.num_truncated:
+            log.warning(
+                "encode: %d of %d texts have a rationale cut off by max_completion_length=%d",
+                found.num_truncated,
+                len(found),
+                budget,
+            )
+
+    def _check_positions(self, prompts: Sequence[Prompt], budget: int) -> None:
+        """Refuses prompts that with a rationale of `budget` tokens the model has no room for."""
+        positions = self.policy.max_length
+        longest = max((len(prompt.ids) for prompt in prompts), default=0)
+        if positions is None or longest + budget <= positions:
+            return
+        remedy = f"set max_prompt_length (--max-prompt-length) below {positions}"
+        if budget and longest < positions:
+            room = positions - longest
+            remedy = f"set max_completion_length (--max-completion-length) to at most {room}"
+        frame = len(self.prompt.prefix_ids) + len(self.prompt.suffix_ids)
+        raise ValueError(
+            f"encode: prompt and rationale must fit into the model's {positions} positions, got a "
+            f"prompt of {longest} tokens ({frame} of them template and system prompt) and "
+            f"max_completion_length {budget}; {remedy}, or shorten the system prompt "
+            "(--system-prompt)"
+        )
 
     def _write(
         self,

@@ -291,7 +291,7 @@ def held_out_loss(
             "held_out_loss: the policy must have a tokenizer, got None; "
             "save one beside the model, or pass it to Policy"
         )
-    rows = [list(policy.tokenizer.encode(text))[:max_length] for text in texts]
+    rows = [list(policy.tokenizer.encode(text, verbose=False))[:max_length] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError(

@@ -77,8 +77,10 @@ class PromptBuilder:
         self.room = max_prompt_length - len(self.prefix_ids) - len(self.suffix_ids)
         if self.room < 1:
             raise ValueError(
-                f"build_prompt: max_prompt_length must be above the template's "
-                f"{len(self.prefix_ids) + len(self.suffix_ids)} tokens, got {max_prompt_length}"
+                "build_prompt: max_prompt_length must be above the "
+                f"{len(self.prefix_ids) + len(self.suffix_ids)} tokens of template and system "
+                f"prompt, got {max_prompt_length}; raise it (--max-prompt-length, in training "
+                "--data.max-prompt-length) or shorten the system prompt"
             )
         control = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self._control = re.compile("|".join(re.escape(t) for t in control if len(t) > 1) or r"(?!)")
@@ -139,7 +141,7 @@ class PromptBuilder:
         return prefix, suffix
 
     def _encode_template(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _check_prefix(self) -> None:
         """Whole prompts, tokenised in one go, must start with exactly the prefix's tokens."""
@@ -159,7 +161,8 @@ class PromptBuilder:
 
         The cut also serves added tokens that are not marked special (`<think>`), which
         split_special_tokens leaves alone; that serves a special token that only the tokenizer's
-        normaliser spells (`<|IM_END|>`).
+        normaliser spells (`<|IM_END|>`).  Not verbose: transformers would warn of a text above the
+        model's length, which is cut to max_prompt_length after this.
         """
         pieces, start = [], 0
         while match := self._control.search(text, start):
@@ -171,7 +174,7 @@ class PromptBuilder:
                 token
                 for piece in pieces
                 for token in self.tokenizer.encode(
-                    piece, add_special_tokens=False, split_special_tokens=True
+                    piece, add_special_tokens=False, split_special_tokens=True, verbose=False
                 )
             ]
         except (UnicodeEncodeError, TypeError) as error:

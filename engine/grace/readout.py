@@ -59,14 +59,15 @@ def read_out(
         encoder: see `GraceEncoder`.
         corpus: what is searched.
         seed: of the samples, which depend on it, on the side and on the text alone.
-        how: the other options of `GraceEncoder.encode`; generate=False embeds texts alone.
+        how: the other options of `GraceEncoder.encode`; generate=False embeds texts alone.  What
+            was cut stands among the `measures`.
 
     Raises:
         ValueError: as `GraceEncoder.encode`.
     """
     sides = (corpus.queries, corpus.documents)
     queries, documents = (
-        encoder.encode(texts, seed=request_seed(seed, EVAL_STEP, side), **how)
+        encoder.encode(texts, seed=request_seed(seed, EVAL_STEP, side), warn=False, **how)
         for side, texts in enumerate(sides)
     )
     return queries, documents
@@ -86,6 +87,8 @@ def measures(corpus: Corpus, queries: Encoded, documents: Encoded) -> dict[str, 
     if documents.lengths or corpus.queries != corpus.documents:
         all_found = retrieval_metrics(queries.vectors, documents.vectors, corpus.relevant)
         found |= {name: all_found[name] for name in RETRIEVAL}
+    cut = queries.num_prompts_truncated + documents.num_prompts_truncated
+    found["prompts_truncated"] = float(cut)
     if len(documents) > 1:
         found["anisotropy"] = anisotropy(documents.vectors)
     if documents.lengths:

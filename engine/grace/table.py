@@ -31,9 +31,6 @@ def encoder_row(encoder: GraceEncoder, corpus: Corpus, **how: Any) -> dict[str, 
     """
     queries, documents = read_out(encoder, corpus, **how)
     row = measures(corpus, queries, documents)
-    row["prompts_truncated"] = float(
-        queries.num_prompts_truncated + documents.num_prompts_truncated
-    )
     if documents.lengths:
         rationales = [*queries.rationales, *documents.rationales]
         row["words_in_text"] = word_overlap(rationales, [*corpus.queries, *corpus.documents])

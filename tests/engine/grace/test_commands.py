@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -209,6 +210,58 @@ def test_what_is_not_as_the_run_measured_is_said(checkpoint, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "not as the run measured" not in said
     assert "each text finds itself" not in said
+
+
+EMBEDDING = {
+    "--system-prompt": "be brief",
+    "--max-prompt-length": "60",
+    "--max-completion-length": "3",
+    "--pooling": "max",
+}
+GIVEN = [word for option in EMBEDDING.items() for word in option]
+
+
+def test_how_texts_are_embedded_can_be_set_and_what_differs_from_the_run_is_said(
+    checkpoint, tmp_path, capsys
+):
+    found = run_eval(tmp_path, "--model", checkpoint, *GIVEN, "--data.test-fraction", "0.5")
+    assert found["settings"] == {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": 0,
+        "system_prompt": "be brief",
+        "max_prompt_length": 60,
+        "max_completion_length": 3,
+        "pooling": "max",
+    }
+    assert (
+        "not as the run measured (system_prompt 'think about it' -> 'be brief', max_prompt_length "
+        "48 -> 60, max_completion_length 5 -> 3, pooling 'mean' -> 'max')\n"
+    ) in capsys.readouterr().err
+
+
+def test_the_defaults_of_a_model_without_a_run_are_said(checkpoint, tmp_path, capsys):
+    Path(checkpoint, "tercet.json").unlink()
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": "the cat"}])
+    argv = ["grace", "encode", "--model", checkpoint, "--input", texts]
+    assert main([*argv, *GIVEN[:-2], "--output-dir", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().err == (
+        f"tercet grace encode: {checkpoint} has no tercet.json, so by default pooling mean\n"
+    )
+    assert main([*argv, *GIVEN, "--output-dir", str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().err == ""
+    vectors = load_file(tmp_path / "b" / "vectors.safetensors")["vectors"]
+    encoder = GraceEncoder.from_pretrained(
+        checkpoint,
+        system_prompt="be brief",
+        max_prompt_length=60,
+        max_completion_length=3,
+        pooling="max",
+    )
+    assert vectors.allclose(encoder.encode(["the cat"]).vectors, atol=1e-5)
+    assert main([*argv, "--output-dir", str(tmp_path / "c")]) == 0
+    assert "by default system_prompt GRACE's own, max_prompt_length 1024" in capsys.readouterr().err
 
 
 def test_eval_of_what_is_no_checkpoint_names_the_one_that_is(checkpoint, tmp_path, capsys):

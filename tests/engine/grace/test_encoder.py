@@ -171,9 +171,19 @@ def test_sample_variance_by_hand():
         sample_variance(at_angles[:, :1])
 
 
-def test_cut_rationales_and_cut_prompts_are_counted(encoder):
+def test_cut_rationales_and_cut_prompts_are_counted_and_said(encoder, caplog):
     long = "the red boat to the sea " * 40
     found = encoder.encode([*TEXTS, long], max_completion_length=1)
+    assert caplog.messages == [
+        "encode: 1 of 4 texts lost their end to fit max_prompt_length=64",
+        f"encode: {found.num_truncated} of 4 texts have a rationale cut off by "
+        "max_completion_length=1",
+    ]
+    assert found.num_truncated
+    caplog.clear()
+    encoder.encode([long], max_completion_length=1, warn=False)
+    encoder.encode(TEXTS, generate=False)
+    assert caplog.messages == []
     ended = [text == "" for text in found.rationales]
     assert found.num_truncated == 4 - sum(ended)
     assert found.num_prompts_truncated == 1
@@ -212,6 +222,27 @@ def test_bad_input_is_named(encoder, make_tiny_model):
         GraceEncoder(Policy(make_tiny_model()))
     with pytest.raises(ValueError, match=r"GraceEncoder: pooling must be one of \['mean', .*'cls'"):
         GraceEncoder(encoder.policy, pooling="cls")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_what_the_model_has_no_room_for_names_the_settings(
+    make_tiny_model, tiny_tokenizer, generate
+):
+    policy = Policy(make_tiny_model(max_position_embeddings=64), tiny_tokenizer)
+    encoder = GraceEncoder(policy, max_prompt_length=65, system_prompt=SYSTEM)
+    room = 64 - len(encoder.prompt("bread").ids)
+    assert len(encoder.encode(["bread"], max_completion_length=room)) == 1
+    with pytest.raises(ValueError, match=r"^encode: prompt and rationale must fit") as error:
+        encoder.encode(["the", "bread " * 40], max_completion_length=9, generate=generate)
+    assert "set max_prompt_length (--max-prompt-length) below 64, or shorten" in str(error.value)
+    if generate:
+        with pytest.raises(
+            ValueError, match=rf"the model's 64 .* got a prompt of {64 - room}"
+        ) as e:
+            encoder.encode(["bread", "the"], max_completion_length=room + 1)
+        assert f"set max_completion_length (--max-completion-length) to at most {room}," in str(
+            e.value
+        )
 
 
 def test_nan_in_hidden_states_is_refused(encoder):

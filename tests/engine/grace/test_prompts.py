@@ -1,6 +1,7 @@
 """Prompts: the same prefix for every text, text that stays text, a header that survives."""
 
 import copy
+import logging
 
 import pytest
 from tokenizers import AddedToken, normalizers
@@ -148,11 +149,25 @@ def test_over_long_text_is_cut_at_its_end(tokenizer, family):
 
 
 def test_no_room_for_text(tokenizer):
+    frame = len(build_prompt(tokenizer, "").ids)
     with pytest.raises(
         ValueError,
-        match=r"^build_prompt: max_prompt_length must be above the template's \d+ tokens, got 9",
+        match=rf"^build_prompt: max_prompt_length must be above the {frame} tokens of template and "
+        r"system prompt, got 9; raise it \(--max-prompt-length, in training --data\.max-prompt-l",
     ):
         build_prompt(tokenizer, "the sea", max_prompt_length=9)
+
+
+def test_a_text_above_the_models_length_is_cut_without_a_warning_of_transformers(
+    tiny_tokenizer, caplog, monkeypatch
+):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.model_max_length = 20
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert build_prompt(tokenizer, "river sea " * 1000, max_prompt_length=300).truncated
+    assert caplog.messages == []
+    tokenizer.encode("river sea " * 1000)
+    assert "longer than the specified maximum" in caplog.text  # what was not said
 
 
 def test_tokenizer_without_chat_template(tiny_tokenizer):

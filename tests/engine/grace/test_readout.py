@@ -51,6 +51,7 @@ def test_measures_by_hand():
         rationales=["x", "y"],
         lengths=[3, 4],
         num_truncated=1,
+        num_prompts_truncated=2,
     )
     documents = Encoded(
         vectors=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
@@ -64,6 +65,7 @@ def test_measures_by_hand():
             "recall@10": 1.0,
             "ndcg@10": (1 + 1 / torch.log2(torch.tensor(3.0)).item()) / 2,
             "mrr": 0.75,
+            "prompts_truncated": 2.0,
             "anisotropy": 0.0,
             "distinct_share": 0.5,
             "mean_length": 5.0,
@@ -75,7 +77,10 @@ def test_measures_by_hand():
 def test_texts_alone_do_not_search_themselves_and_one_has_no_spread():
     texts = Encoded(vectors=torch.eye(2), rationales=["", ""], lengths=[])
     same = Corpus(queries=["a", "b"], documents=["a", "b"], relevant=[{0}, {1}])
-    assert measures(same, texts, texts) == {"anisotropy": 0.0}
+    assert measures(same, texts, texts) == {
+        "prompts_truncated": 0.0,
+        "anisotropy": 0.0,
+    }
     one = Corpus(queries=["q", "r"], documents=["a"], relevant=[{0}, {0}])
     document = Encoded(vectors=torch.eye(2)[:1], rationales=[""], lengths=[])
     assert measures(one, texts, document)["recall@1"] == 1.0
