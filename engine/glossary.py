@@ -30,10 +30,11 @@ MEANINGS = {
     "time/<phase>_s": "seconds of one phase; time/step_s is the whole step",
     "tokens_per_s": "prompt and completion tokens of the step over its seconds",
     "memory_gb": "peak memory: allocated on the device; on a CPU the process's, since its start",
-    "eval/recall@<k>": "share of a held-out query's documents among its k nearest by cosine",
+    "eval/recall@<k>": "share of a held-out query's documents among its k nearest by cosine; "
+    "of texts alone, share of texts whose second sample is among them",
     "eval/hit@<k>": "share of held-out queries with one of their documents among the k nearest",
     "eval/ndcg@10": "like recall@10, higher ranks counting more; 1 is a perfect order",
-    "eval/mrr": "mean of 1 / rank of the first right document",
+    "eval/mrr": "mean of 1 / rank of the first right document (of texts alone: second sample)",
     "eval/anisotropy": "mean cosine of two different documents; near 1 the vectors say nothing",
     "eval/distinct_share": "different rationales over rationales; near 0 they are one sentence",
     "eval/sts_spearman": "rank correlation of cosines with people's similarity scores",

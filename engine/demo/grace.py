@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tercet.engine.command_line import load_config
-from tercet.engine.config import changes, to_yaml
+from tercet.engine.config import changes, to_plain, to_yaml
 from tercet.engine.demo.config import GraceDemoConfig
 from tercet.engine.demo.measure import read_with_rationales, read_without_rationales
 from tercet.engine.demo.results import DemoResults, Reading, Sample, read_results
@@ -36,7 +36,7 @@ from tercet.engine.grace.baselines import (
     train_contrastive,
 )
 from tercet.engine.grace.config import GraceConfig, GraceData
-from tercet.engine.grace.data import load_dataset
+from tercet.engine.grace.data import data_digests, load_dataset
 from tercet.engine.grace.encoder import GraceEncoder
 from tercet.engine.grace.fit import FitConfig
 from tercet.engine.grace.rewards import Form, RewardConfig
@@ -149,10 +149,12 @@ class GraceDemo:
             ),
         )
         policy = Policy.from_pretrained(self.folder / "base", device="cpu")
-        data = load_dataset(self._data())
+        where = self._data()
+        data = load_dataset(where)
+        about = {"data": to_plain(where), "data_sha256": data_digests(where)}
         evaluate = held_out_measures(policy, data.test, settings)
         with RunLog.create(
-            folder, settings, total_steps=config.max_steps, resume=folder.exists()
+            folder, settings, total_steps=config.max_steps, resume=folder.exists(), about=about
         ) as log:
             train_contrastive(policy, data.train, settings, log, evaluate=evaluate)
         return checkpoint

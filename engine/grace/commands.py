@@ -161,10 +161,14 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
         columns = {
             name: _measured(encoder, corpus, sts, {**how, "generate": generate})
             for name, generate in (("no_rationale", False), ("rationale", True))
+            if not generate or _writes(found, config)
         }
     columns["no_rationale"]["eval/held_out_loss"] = held_out_loss(encoder.policy, corpus.documents)
     rows = {"rows": len(found.examples), "rows_trained_on": found.num_trained_on}
-    _show(f"{config.model}: {len(found.examples)} rows, {_told(how)}", columns)
+    told = _told(how) if "rationale" in columns else "texts alone"
+    _show(f"{config.model}: {len(found.examples)} rows, {told}", columns)
+    for line in _to_read_it(found, corpus):
+        sys.stdout.write(f"{line}\n")
     if config.output is not None:
         facts = {"model": config.model, **rows, "settings": how | asdict(encoder.settings)}
         replace_text(Path(config.output), json.dumps(facts | columns, indent=2) + "\n")
@@ -175,6 +179,11 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
 def _given(config: EncodeConfig | EvalConfig, names: Sequence[str]) -> dict[str, Any]:
     """Those of the options that were set."""
     return {name: v for name in names if (v := getattr(config, name)) is not None}
+
+
+def _writes(found: HeldOut, config: EvalConfig) -> bool:
+    """Whether rationales are measured too: not of a baseline, unless it is given a budget."""
+    return not found.is_baseline or config.max_completion_length is not None
 
 
 def _notes(found: HeldOut, how: dict[str, Any], config: EvalConfig) -> list[str]:
@@ -192,12 +201,33 @@ def _notes(found: HeldOut, how: dict[str, Any], config: EvalConfig) -> list[str]
         now = before | how | _given(config, EMBEDDING)
     changed = [f"{k} {v!r} -> {now[k]!r}" for k, v in before.items() if now[k] != v]
     notes = [f"not as the run measured ({', '.join(changed)})"] if changed else []
+    if not _writes(found, config):
+        notes.append(
+            "the run trained no rationales, so the texts alone are measured; "
+            "--max-completion-length N adds rationales of at most N tokens"
+        )
     if how["temperature"] == 0 and all(example.query is None for example in found.examples):
         notes.append(
             "greedy rationales of a text are all the same, so each text finds itself: retrieval "
             "says nothing; set --temperature"
         )
     return notes
+
+
+def _to_read_it(found: HeldOut, corpus: Corpus) -> list[str]:
+    """What the figures depend on, one line each."""
+    n = len(corpus.documents)
+    lines = [
+        f"rows: from {found.source}",
+        f"retrieval is among {n} candidates (by chance recall@1 is {1 / n:.3f}): with more of them "
+        "it is lower",
+    ]
+    if corpus.queries == corpus.documents:
+        lines.append(
+            "texts alone: two samples of a text search each other; without a rationale both are "
+            "the same, so there is no retrieval (-)"
+        )
+    return lines
 
 
 def _told(how: dict[str, Any]) -> str:

@@ -45,8 +45,10 @@ class HeldOut:
 
     examples: list[Example]
     num_trained_on: int | None  # of the examples; None: nobody knows
-    run: GraceConfig | None  # settings of the run that wrote the checkpoint
+    run: GraceConfig | None  # settings of the run that wrote the checkpoint, if GRACE did
+    is_baseline: bool  # a run without rationales wrote it
     notes: list[str]  # one sentence each
+    source: str  # where the examples come from, a phrase
 
 
 def held_out(model: str, given: EvalData) -> HeldOut:
@@ -60,10 +62,11 @@ def held_out(model: str, given: EvalData) -> HeldOut:
         FileNotFoundError: no such file.
         ValueError: as `load_dataset`; no rows are known; a tercet.json that cannot be used.
     """
-    run, digests, notes = _run_of(Path(model).expanduser())
-    before = None if run is None else _where_it_is(run.data, digests, given)
+    run, trained_on, digests, notes = _run_of(Path(model).expanduser())
+    before = None if trained_on is None else _where_it_is(trained_on, digests, given)
     data = _merged(before, given)
-    examples = load_dataset(data).test
+    loaded = load_dataset(data)
+    examples = loaded.test
     if before is not None:
         changed = [
             f"{name} {old!r} -> {new!r}"
@@ -72,6 +75,10 @@ def held_out(model: str, given: EvalData) -> HeldOut:
         ]
         if changed:
             notes.append(f"not the held-out rows of the run ({', '.join(changed)})")
+    source = data.test_path or (
+        f"the {len(examples)} of {len(examples) + len(loaded.train)} rows of {data.path} that a "
+        f"shuffle holds out (test_fraction {data.test_fraction}, split_seed {data.split_seed})"
+    )
     examples = _first(examples, run, given, notes)
     trained = None if before is None else _rows_of_run(before, digests, notes)
     num_trained_on = None if trained is None else num_shared(examples, trained)
@@ -79,7 +86,14 @@ def held_out(model: str, given: EvalData) -> HeldOut:
         notes.append(
             f"{num_trained_on} of {len(examples)} rows measured are rows that the run trained on"
         )
-    return HeldOut(examples=examples, num_trained_on=num_trained_on, run=run, notes=notes)
+    return HeldOut(
+        examples=examples,
+        num_trained_on=num_trained_on,
+        run=run,
+        is_baseline=run is None and trained_on is not None,
+        notes=notes,
+        source=source,
+    )
 
 
 def _first(
@@ -95,22 +109,28 @@ def _first(
     return examples[:limit]
 
 
-def _run_of(checkpoint: Path) -> tuple[GraceConfig | None, dict[str, str], list[str]]:
-    """Settings and data digests of the run that wrote a checkpoint, and what to know without."""
+def _run_of(
+    checkpoint: Path,
+) -> tuple[GraceConfig | None, GraceData | None, dict[str, str], list[str]]:
+    """Settings, data and data digests of the run of a checkpoint, and what to know without.
+
+    A GRACE run has the data among its settings; a baseline, which learns no rationales, beside.
+    """
     from tercet.engine.checkpoint import RUN, read_run  # loads torch
 
-    about = read_run(checkpoint)
+    about, where = read_run(checkpoint), f"eval: {checkpoint / RUN}"
     settings, digests = about.get("settings"), about.get("data_sha256", {})
-    if (
-        not isinstance(settings, dict)
-        or not isinstance(settings.get("data"), dict)
-        or not isinstance(digests, dict)
-    ):
-        unknown = f"{checkpoint / RUN} does not say which rows the model was trained on"
-        return None, {}, [unknown] if about else []
-    found = read_record(GraceConfig, settings, f"eval: {checkpoint / RUN}")
-    # negatives are not measured
-    return replace(found, data=replace(found.data, num_negatives=None)), digests, []
+    if isinstance(settings, dict) and isinstance(digests, dict):
+        if isinstance(settings.get("data"), dict):
+            run = read_record(GraceConfig, settings, where)
+            # negatives are not measured
+            run = replace(run, data=replace(run.data, num_negatives=None))
+            return run, run.data, digests, []
+        if isinstance(about.get("data"), dict):
+            data = read_record(GraceData, about["data"], where)
+            return None, replace(data, num_negatives=None), digests, []
+    unknown = f"{checkpoint / RUN} does not say which rows the model was trained on"
+    return None, None, {}, [unknown] if about else []
 
 
 def _where_it_is(run: GraceData, digests: dict[str, str], given: EvalData) -> GraceData:

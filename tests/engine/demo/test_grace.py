@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tercet.engine.cli import main
 from tercet.engine.config import read_yaml
 from tercet.engine.demo.config import MAX_COMPLETION_LENGTH, GraceDemoConfig, PretrainConfig
 from tercet.engine.demo.evidence import markdown, run_evidence
@@ -69,6 +70,26 @@ def test_folder_holds_runs_results_and_report(finished):
     assert set(results.seconds) == {
         "pretrain", "paper", "document", "infonce", "evaluate", "report", "total"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["paper", "infonce"])
+def test_its_checkpoints_are_measured_as_their_runs_did(finished, tmp_path, capsys, model):
+    folder, output = Path(finished[0].output_dir) / model, tmp_path / "figures.json"
+    argv = ["grace", "eval", "--model", str(folder / "checkpoint-2"), "--output", str(output)]
+    assert main(argv) == 0
+    found = json.loads(output.read_text())
+    trained = {k: v for k, v in read_jsonl(folder / "metrics.jsonl")[-1].items() if "eval/" in k}
+    assert (found["rows"], found["rows_trained_on"]) == (40, 0)
+    alone = "the run trained no rationales, so the texts alone are measured" in (
+        capsys.readouterr().err
+    )
+    assert alone == (model == "infonce") == ("rationale" not in found)
+    assert {**found.get("rationale", found["no_rationale"]), **trained} == pytest.approx(
+        found.get("rationale", found["no_rationale"]), rel=1e-5
+    )
+    if alone:
+        assert main([*argv, "--max-completion-length", "3"]) == 0
+        assert json.loads(output.read_text())["rationale"]["eval/mean_length"] <= 3
 
 
 def test_every_model_is_measured(finished):

@@ -196,7 +196,15 @@ def test_eval_gives_the_figures_of_the_last_evaluation_of_training(
     assert found["rationale"] == pytest.approx(trained, rel=1e-6)
     assert found["rows_trained_on"] == 0
     assert ("eval/recall@1" in found["no_rationale"]) == (mode == "supervised")
-    assert ("as in training" in capsys.readouterr().err) == (found["rows"] == 3)
+    said = capsys.readouterr()
+    assert ("as in training" in said.err) == (found["rows"] == 3)
+    assert (
+        f"rows: from the 4 of 6 rows of {config.data.path} that a shuffle holds out "
+        "(test_fraction 0.7, split_seed 0)\n"
+    ) in said.out
+    rows = found["rows"]
+    assert f"among {rows} candidates (by chance recall@1 is {1 / rows:.3f})" in said.out
+    assert ("so there is no retrieval (-)\n" in said.out) == (mode == "unsupervised")
 
 
 def test_what_is_not_as_the_run_measured_is_said(checkpoint, tmp_path, capsys):

@@ -108,10 +108,15 @@ def test_negatives_that_the_rows_lack_are_not_asked_for(make_run, tmp_path):
 def test_another_fraction_splits_the_training_file_and_not_the_runs_test_file(make_run, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "a", "positive": "b"}) + "\n")
     model, data = make_run(test_path=str(tmp_path / "test.jsonl"))
-    assert pairs(held_out(model, EvalData()).examples) == [("a", "b")]
+    found = held_out(model, EvalData())
+    assert (pairs(found.examples), found.source) == ([("a", "b")], data.test_path)
     assert pairs(held_out(model, EvalData(path=data.path)).examples) == [("a", "b")]
     found = held_out(model, EvalData(test_fraction=0.3))
     assert (len(found.examples), found.num_trained_on) == (3, 3)
+    assert found.source == (
+        f"the 3 of 10 rows of {data.path} that a shuffle holds out (test_fraction 0.3, "
+        "split_seed 3)"
+    )
 
 
 def test_equal_rows_on_both_sides_of_the_split_are_counted(make_run):
