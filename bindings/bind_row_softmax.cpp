@@ -43,13 +43,13 @@ tercet::RowTile tile_of(Address x, tercet::RowType type, const Layout& layout, s
 void forward(Address x, tercet::RowType type, const Layout& layout, std::int64_t rows,
              std::int64_t columns, std::int64_t first_column, Address targets,
              std::int64_t num_targets, Address scale, Address maximum, Address rest,
-             std::optional<Address> spread, Address picked, int num_threads,
-             const std::string& instruction_set) {
+             std::optional<Address> spread, Address picked, std::optional<Address> exponentials,
+             int num_threads, const std::string& instruction_set) {
   const tercet::RowTile tile =
       tile_of(x, type, layout, rows, columns, first_column, targets, num_targets, scale);
   const tercet::RowState state{at<float>(maximum), at<float>(rest), at<float>(spread),
                                at<float>(picked)};
-  tercet::row_softmax_forward(tile, state, {num_threads, instruction_set});
+  tercet::row_softmax_forward(tile, state, {num_threads, instruction_set}, at<void>(exponentials));
 }
 
 void backward(Address x, tercet::RowType type, const Layout& layout, std::int64_t rows,
@@ -83,7 +83,7 @@ PYBIND11_MODULE(_rows, m) {
       "Instruction sets of this machine, slowest first.");
   m.def("forward", &forward, py::kw_only(), "x"_a, "type"_a, "layout"_a, "rows"_a, "columns"_a,
         "first_column"_a, "targets"_a, "num_targets"_a, "scale"_a, "maximum"_a, "rest"_a,
-        "spread"_a, "picked"_a, "num_threads"_a, "instruction_set"_a,
+        "spread"_a, "picked"_a, "exponentials"_a = py::none(), "num_threads"_a, "instruction_set"_a,
         py::call_guard<py::gil_scoped_release>(), "tercet::row_softmax_forward.");
   m.def("backward", &backward, py::kw_only(), "x"_a, "type"_a, "layout"_a, "rows"_a, "columns"_a,
         "first_column"_a, "targets"_a, "num_targets"_a, "scale"_a, "maximum"_a, "log_sum"_a, "a"_a,

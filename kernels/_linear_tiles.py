@@ -93,6 +93,10 @@ class Head(NamedTuple):
         bias = None if self.bias is None else self.bias[columns].to(self.accumulator)
         return self.weight[columns].to(self.hidden.dtype), bias
 
+    def casts(self) -> bool:
+        """Whether the weight is cast, part by part."""
+        return self.weight.dtype != self.hidden.dtype
+
     def logits(self, rows: slice, chunk: tuple[Tensor, Tensor | None], *, out: Tensor) -> Tensor:
         weight, bias = chunk
         product(self.hidden[rows], weight.t(), out=out)

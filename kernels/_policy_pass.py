@@ -9,10 +9,13 @@ from tercet.kernels import _linear_tiles as lt
 from tercet.kernels import _policy_terms as pt
 from tercet.kernels import _policy_triton as fused
 from tercet.kernels import _row_softmax as rs
+from tercet.kernels import _row_softmax_cpu as compiled
 from tercet.kernels._checks import RowImpl
 from tercet.kernels._memory import empty_huge
+from tercet.kernels._row_softmax_triton import rows_of
 
 MIN_DEAD = 1 / 32  # of a chunk: moving the other rows costs about what the dead ones would
+MOVED = 8  # part of a tile that moves at a time
 
 
 class Needs(NamedTuple):
@@ -58,6 +61,26 @@ class Plan(NamedTuple):
             ),  # a part of the weight is a tile, too
             forward_height,
             lt.columns_of(vocab, area // max(forward_height, hidden)),
+        )
+
+    @staticmethod
+    def whole_rows(live: int, other: int, head: lt.Head, mb: int) -> "Plan":
+        """Chunks of whole rows of logits, whose memory is that of the other rows' tiles, too.
+
+        Beside them lie scaled hidden states, rows on their way, and a cast part of the weight.
+        """
+        (vocab, hidden), itemsize = head.weight.shape, head.accumulator.itemsize
+        tile_bytes = min(lt.CPU_TILE_BYTES, mb * lt.MEBI // 4)
+        area = tile_bytes // itemsize
+        beside = lt.CPU_TILE_BYTES // MOVED + head.casts() * tile_bytes
+        fit = (mb * lt.MEBI - beside) // ((vocab + hidden) * itemsize)
+        height = _even(other, min(lt.CPU_HEIGHT, area))
+        width = lt.columns_of(vocab, area // hidden) if head.casts() else vocab
+        return Plan(
+            _even(live, max(1, fit)),
+            width,
+            height,
+            lt.columns_of(vocab, area // max(height, hidden)),
         )
 
     def area(self) -> int:
@@ -123,7 +146,9 @@ def policy_pass(
     if lt.capturing(hidden):  # rows that do not count stay, and must not spread their NaN
         head = head._replace(hidden=head.hidden.masked_fill(~tokens.counted[:, None], 0.0))
     order = _Order.of(tokens, options)
-    work = _Pass(head, query, tokens, options, order, hidden)
+    plain = options.cap.softcap is None and options.kind.entropy_coef == 0
+    kind = _ExponentialPass if options.impl == "cpp" and plain else _Pass
+    work = kind(head, query, tokens, options, order, hidden)
     for rows, gradient in order.chunks(work.plan):
         work.chunk(rows, gradient)
     return work.stats[0] * unit, work.stats, *work.gradients(hidden.shape, bias), unit
@@ -152,13 +177,7 @@ class _Pass:
         self.head, self.query, self.tokens, self.options = head, query, tokens, options
         weight, wide, needs = head.weight, head.accumulator, options.needs
         self.bonus = options.kind.entropy_coef > 0
-        buffers = 1 + (options.impl == "torch") + (options.cap.softcap is not None)
-        tiles = buffers + (weight.dtype != head.hidden.dtype)  # one is a cast part of the weight
-        others, budget = order.counted - order.live, options.memory_budget_mb
-        self.plan = Plan.of(order.live, others, weight, wide.itemsize, tiles, budget)
-        self.buffers = [query.scale.new_empty(self.plan.area()) for _ in range(buffers)]
-        kept = self.plan.height * len(weight) if order.live else 0
-        self.kept = empty_huge([kept], dtype=wide, device=weight.device)
+        self.allocate(order)
         self.stats = query.scale.new_zeros(pt.NUM_STATS)
         flat = (len(head.hidden), head.hidden.shape[1]) if needs.hidden else (0,)
         self.d_hidden = torch.zeros(flat, dtype=saved_dtype(hidden), device=weight.device)
@@ -167,6 +186,17 @@ class _Pass:
         )
         self.started = False  # d_weight holds a sum
         self.d_bias = self.stats.new_zeros(len(weight) if needs.bias else 0)
+
+    def allocate(self, order: _Order) -> None:
+        """The plan, tiles, and logits of a chunk."""
+        head, options, wide = self.head, self.options, self.head.accumulator
+        buffers = 1 + (options.impl == "torch") + (options.cap.softcap is not None)
+        tiles = buffers + head.casts()  # one is a cast part of the weight
+        others, budget = order.counted - order.live, options.memory_budget_mb
+        self.plan = Plan.of(order.live, others, head.weight, wide.itemsize, tiles, budget)
+        self.buffers = [self.query.scale.new_empty(self.plan.area()) for _ in range(buffers)]
+        kept = self.plan.height * len(head.weight) if order.live else 0
+        self.kept = empty_huge([kept], dtype=wide, device=head.weight.device)
 
     def gradients(self, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.head.weight
@@ -185,8 +215,7 @@ class _Pass:
         slopes = slopes_of(logp, result.entropy, tokens, kind)
         pt.merge(self.stats, slopes.stats)
         if gradient:
-            grads = rs.row_grads(result, query, slopes.logp[:, None], slopes.entropy)
-            self.backward(rows, hidden, query, grads)
+            self.backward(rows, hidden, query, result, slopes)
 
     def buffer(self, number: int, height: int, columns: slice) -> Tensor:
         width = lt.size(columns)
@@ -228,10 +257,16 @@ class _Pass:
         return None if dead == 0 or few else live
 
     def backward(
-        self, rows: slice | Tensor, hidden: Tensor, query: rs.Query, grads: rs.RowGrads
+        self,
+        rows: slice | Tensor,
+        hidden: Tensor,
+        query: rs.Query,
+        result: rs.RowResult,
+        slopes: pt.Slopes,
     ) -> None:
         """Drops the rows without gradient, and adds the products of the others."""
         needs, head, height = self.options.needs, self.head, len(hidden)
+        grads = rs.row_grads(result, query, slopes.logp[:, None], slopes.entropy)
         live = self.live(grads)
         if live is not None:
             if len(live) == 0:
@@ -291,3 +326,97 @@ class _Pass:
 
 def _pick(rows: slice | Tensor, live: Tensor) -> Tensor:
     return live + rows.start if isinstance(rows, slice) else rows[live]
+
+
+class _Packing(NamedTuple):
+    """Live rows to the front of a chunk, in place: the last ones move into the holes."""
+
+    count: int
+    holes: Tensor
+    last: Tensor
+
+    @staticmethod
+    def of(live: Tensor) -> "_Packing":
+        count = int(live.sum())
+        holes = (~live[:count]).nonzero().squeeze(1)
+        return _Packing(count, holes, live[count:].nonzero().squeeze(1) + count)
+
+    def pack(self, x: Tensor) -> Tensor:
+        step = max(1, lt.CPU_TILE_BYTES // MOVED // (x.shape[1] * x.itemsize))
+        for part in lt.cuts(0, len(self.holes), step):
+            x[self.holes[part]] = x[self.last[part]]
+        return x[: self.count]
+
+    def unpack(self, x: Tensor) -> None:
+        """Zeros in the holes."""
+        x[self.last] = x[self.holes]
+        x[self.holes] = 0.0
+
+
+class _ExponentialPass(_Pass):
+    """On a CPU, where neither entropy bonus nor cap wants the logits again: one sweep, not two.
+
+    It leaves e_j = exp(z_j - max z) in place of the logits, and minus the sum of the other e at
+    the target.  The gradient of the logits is e times a number c per row, which stays out of the
+    products: dhidden = c (e weight), dweight = e^T (c hidden).
+    """
+
+    def allocate(self, order: _Order) -> None:
+        head, other = self.head, order.counted - order.live
+        self.plan = Plan.whole_rows(order.live, other, head, self.options.memory_budget_mb)
+        kept = self.plan.height * len(head.weight) if order.live else 0
+        tile = self.plan.forward_height * self.plan.forward_width if other else 0
+        self.kept = empty_huge([max(kept, tile)], dtype=head.accumulator, device=head.weight.device)
+        self.buffers = [self.kept]
+
+    def logits_of(self, height: int) -> Tensor:
+        return self.kept[: height * len(self.head.weight)].view(height, -1)
+
+    def forward(self, hidden: Tensor, query: rs.Query, *, keep: bool) -> rs.RowResult:
+        if not keep:
+            return super().forward(hidden, query, keep=False)
+        x, head, state = self.logits_of(len(hidden)), self.head, rs.empty_state(query)
+        head = head._replace(hidden=hidden)
+        for columns in lt.cuts(0, len(head.weight), self.plan.width):
+            head.logits(slice(None), head.chunk(columns), out=x[:, columns])
+        at = rows_of("linear", "logits", x)
+        compiled.forward(x, at, *query, state, first_column=0, entropy=True, exponentials=True)
+        result = rs.finish(state, query)
+        rest = state.stats[1]
+        x.scatter_(1, query.targets, result.logp.expm1() * (1 + rest)[:, None])
+        return result
+
+    def backward(
+        self,
+        rows: slice | Tensor,
+        hidden: Tensor,
+        query: rs.Query,
+        result: rs.RowResult,
+        slopes: pt.Slopes,
+    ) -> None:
+        needs, packing = self.options.needs, _Packing.of(slopes.logp != 0)
+        if packing.count == 0:
+            return
+        c = -slopes.logp * query.scale * (-result.stats[1]).exp()
+        c = c.masked_fill(result.logp.squeeze(1).isnan(), torch.nan)[:, None]
+        scaled = packing.pack(hidden * c)
+        e, c = packing.pack(self.logits_of(len(hidden))), packing.pack(c)
+        if needs.hidden:
+            self.add_hidden(rows, e, c, packing)
+        if needs.weight:
+            for columns in lt.cuts(0, len(self.head.weight), self.plan.width):
+                lt.product(e[:, columns].t(), scaled, out=self.d_weight[columns], add=self.started)
+            self.started = True
+        if needs.bias:
+            self.d_bias.addmv_(e.t(), c.squeeze(1))
+
+    def add_hidden(self, rows: slice | Tensor, e: Tensor, c: Tensor, packing: _Packing) -> None:
+        direct = isinstance(rows, slice) and self.d_hidden.dtype == e.dtype
+        out = self.d_hidden[rows] if direct else self.d_hidden[rows].to(e.dtype)
+        for columns in lt.cuts(0, len(self.head.weight), self.plan.width):
+            weight = self.head.chunk(columns)[0]
+            lt.product(e[:, columns], weight, out=out[: len(e)], add=columns.start > 0)
+        out[: len(e)].mul_(c)
+        packing.unpack(out)
+        if not direct:
+            self.d_hidden[rows] = out.to(self.d_hidden.dtype)

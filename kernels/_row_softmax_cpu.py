@@ -70,10 +70,12 @@ def forward(
     *,
     first_column: int,
     entropy: bool,
+    exponentials: bool = False,
     instruction_set: str = "",
 ) -> None:
     """Adds x, whose columns begin at first_column, to state: (stats [3, N], picked [N, K]).
 
+    `exponentials`: then x becomes exp((x - maximum) * scale), with the maximum of the state.
     `instruction_set` is one of INSTRUCTION_SETS; empty: the last of them.
     """
     stats, picked = state
@@ -88,6 +90,7 @@ def forward(
         rest=rest,
         spread=spread if entropy else None,
         picked=picked.data_ptr(),
+        exponentials=x.data_ptr() if exponentials else None,
         instruction_set=instruction_set,
     )
 

@@ -23,6 +23,7 @@ def forward(
     rest: int,
     spread: int | None,
     picked: int,
+    exponentials: int | None = None,
     num_threads: int,
     instruction_set: str,
 ) -> None:

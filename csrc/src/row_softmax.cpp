@@ -100,7 +100,8 @@ std::vector<std::string_view> row_instruction_sets() {
   return names;
 }
 
-void row_softmax_forward(const RowTile& tile, const RowState& state, const RowRun& run) {
+void row_softmax_forward(const RowTile& tile, const RowState& state, const RowRun& run,
+                         void* exponentials) {
   check_tile(tile);
   check(run.num_threads >= 1, "num_threads must be >= 1, got " + std::to_string(run.num_threads));
   const RowKernels& kernels = kernels_of(run.instruction_set);
@@ -108,7 +109,7 @@ void row_softmax_forward(const RowTile& tile, const RowState& state, const RowRu
   check(state.maximum != nullptr && state.rest != nullptr, "maximum and rest must not be null");
   check(tile.num_targets == 0 || state.picked != nullptr, "picked must not be null");
   share_rows(tile, run.num_threads, [&](std::int64_t begin, std::int64_t end) {
-    kernels.forward(tile, state, begin, end);
+    kernels.forward(tile, state, exponentials, begin, end);
   });
 }
 

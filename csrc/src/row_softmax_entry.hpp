@@ -9,7 +9,8 @@ namespace tercet {
 
 // Rows [begin, end) of a checked tile.
 struct RowKernels {
-  void (*forward)(const RowTile&, const RowState&, std::int64_t begin, std::int64_t end);
+  void (*forward)(const RowTile&, const RowState&, void* exponentials, std::int64_t begin,
+                  std::int64_t end);
   void (*backward)(const RowTile&, const RowGrads&, void* dx, const RowLayout& dx_layout,
                    std::int64_t begin, std::int64_t end);
 };

@@ -247,9 +247,16 @@ inline void each_target(const RowTile& tile, std::int64_t row, Visit visit) {
   }
 }
 
+// exp((x - maximum) * scale); 0 throughout where every logit is -inf.
+template <class S, class T>
+inline void write_exponentials(T* out, const T* x, std::int64_t columns, const Row& row) {
+  const float base = row.maximum == -kInfinity ? 0.0F : row.maximum;
+  write_columns<S, T, false>(out, x, columns, {base, row.scale, 0.0F, -1.0F, 0.0F});
+}
+
 template <class S, class T, bool kEntropy>
-void forward_rows(const RowTile& tile, const RowState& state, std::int64_t begin,
-                  std::int64_t end) {
+void forward_rows(const RowTile& tile, const RowState& state, void* exponentials,
+                  std::int64_t begin, std::int64_t end) {
   for (std::int64_t r = begin; r < end; ++r) {
     const T* x = static_cast<const T*>(tile.x) + offset(tile.layout, r);
     Row row{state.maximum[r], tile.scale[r], static_cast<double>(state.rest[r]), 0.0};
@@ -261,6 +268,9 @@ void forward_rows(const RowTile& tile, const RowState& state, std::int64_t begin
     each_target(tile, r, [&](std::int64_t i, std::int64_t column) {
       state.picked[i] = widen<S>(x[column]);
     });
+    if (exponentials == nullptr) continue;
+    T* out = static_cast<T*>(exponentials) + offset(tile.layout, r);
+    write_exponentials<S, T>(out, x, tile.columns, row);
   }
 }
 
@@ -284,21 +294,23 @@ void backward_rows(const RowTile& tile, const RowGrads& grads, void* out,
 }
 
 template <class S, class T>
-void forward_of(const RowTile& tile, const RowState& state, std::int64_t begin, std::int64_t end) {
+void forward_of(const RowTile& tile, const RowState& state, void* exponentials, std::int64_t begin,
+                std::int64_t end) {
   const auto rows =
       state.spread != nullptr ? &forward_rows<S, T, true> : &forward_rows<S, T, false>;
-  rows(tile, state, begin, end);
+  rows(tile, state, exponentials, begin, end);
 }
 
 template <class S>
-void forward(const RowTile& tile, const RowState& state, std::int64_t begin, std::int64_t end) {
+void forward(const RowTile& tile, const RowState& state, void* exponentials, std::int64_t begin,
+             std::int64_t end) {
   switch (tile.type) {
     case RowType::kFloat32:
-      return forward_of<S, float>(tile, state, begin, end);
+      return forward_of<S, float>(tile, state, exponentials, begin, end);
     case RowType::kBFloat16:
-      return forward_of<S, BFloat16>(tile, state, begin, end);
+      return forward_of<S, BFloat16>(tile, state, exponentials, begin, end);
     case RowType::kFloat16:
-      return forward_of<S, Float16>(tile, state, begin, end);
+      return forward_of<S, Float16>(tile, state, exponentials, begin, end);
   }
 }
 

@@ -215,6 +215,36 @@ void tiles_add_up(std::string_view set) {
   }
 }
 
+void exponentials_take_the_place_of_the_logits(std::string_view set) {
+  for (const std::int64_t columns : {1, 15, 64, 70, 5000}) {
+    Problem problem = random_problem(3, columns);
+    const std::vector<float> x = problem.x;
+    const Result expected = forward(problem, {1, set});
+    Result result = empty_result(3);
+    row_softmax_forward(
+        problem.tile(),
+        {result.maximum.data(), result.rest.data(), result.spread.data(), result.picked.data()},
+        {2, set}, problem.x.data());
+    CHECK(same_bits(result, expected));
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const std::size_t r = i / static_cast<std::size_t>(columns);
+      const double d = (static_cast<double>(x[i]) - result.maximum[r]) * problem.scale[r];
+      CHECK(close(problem.x[i], std::exp(d), 4e-6));
+    }
+  }
+}
+
+void exponentials_of_masked_rows_are_zero(std::string_view set) {
+  Problem problem{2, 3, {-kInf, -kInf, -kInf, kInf, 0.0F, -kInf}};
+  Result result = empty_result(2);
+  row_softmax_forward(problem.tile(),
+                      {result.maximum.data(), result.rest.data(), nullptr, result.picked.data()},
+                      {1, set}, problem.x.data());
+  for (std::size_t i = 0; i < 3; ++i) CHECK(problem.x[i] == 0.0F);
+  CHECK(std::isnan(problem.x[3]));
+  CHECK(problem.x[5] == 0.0F);
+}
+
 void targets_outside_a_tile_are_skipped(std::string_view set) {
   Problem problem = random_problem(1, 40);
   constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
@@ -453,6 +483,8 @@ int main() {
     describes_rows_of_every_width(set);
     maximum_may_come_anywhere(set);
     tiles_add_up(set);
+    exponentials_take_the_place_of_the_logits(set);
+    exponentials_of_masked_rows_are_zero(set);
     targets_outside_a_tile_are_skipped(set);
     masked_and_bad_logits(set);
     writes_the_gradient_of_every_width(set);

@@ -66,9 +66,11 @@ struct RowRun {
 // Those of this machine, slowest first: "portable", "avx2" (with FMA and F16C), "avx512" (F alone).
 [[nodiscard]] std::vector<std::string_view> row_instruction_sets();
 
-// Adds a tile to the state.
+// Adds a tile to the state.  `exponentials`, where it is not null, gets exp((x - maximum) * scale)
+// with the maximum of all tiles so far, in the tile's type and layout; it may be x itself.
 // Throws std::invalid_argument for a null pointer, a negative size or an unknown instruction set.
-void row_softmax_forward(const RowTile& tile, const RowState& state, const RowRun& run);
+void row_softmax_forward(const RowTile& tile, const RowState& state, const RowRun& run,
+                         void* exponentials = nullptr);
 
 // Writes the gradient of the tile's logits to dx, whose type is the tile's; dx may be x itself if
 // both layouts are equal.  Throws as the forward does.
