@@ -14,7 +14,7 @@ from machine import DEVICE, Side, time_once
 from peers import Roster
 
 LIMITS = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # beyond: plainly wrong
-SIDE_BUDGET_MS = 3000.0  # of one case; a side that needs more runs fewer rounds
+SIDE_BUDGET_MS = 3000.0  # of one case; a peer that needs more runs fewer rounds
 FEWEST_ROUNDS = 3
 NOBODY = Roster({}, {}, (), (), ())
 PEER_ERRORS = (  # what a peer raises on inputs or on a machine that it does not take
@@ -157,7 +157,9 @@ def time_sides(
     for name in case.sides:
         take_turn(name)
     allowed = {
-        name: min(case.rounds, max(FEWEST_ROUNDS, int(SIDE_BUDGET_MS / t[0])))
+        name: case.rounds
+        if name in case.bounds
+        else min(case.rounds, max(FEWEST_ROUNDS, int(SIDE_BUDGET_MS / t[0])))
         for name, t in times.items()
     }
 

@@ -229,7 +229,7 @@ def case(
         mode="fwd" if mode == "no gradient" else "fwd+bwd",
         flops=products * 2 * rows * hidden_size * vocab,
         formula=f"flops = {products} products of 2 N H V, the least there is",
-        rounds=15 if CUDA else 5,
+        rounds=15 if CUDA else 11,
     )
 
 
