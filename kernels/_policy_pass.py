@@ -15,7 +15,7 @@ from tercet.kernels._memory import empty_huge
 from tercet.kernels._row_softmax_triton import rows_of
 
 MIN_DEAD = 1 / 32  # of a chunk: moving the other rows costs about what the dead ones would
-MOVED = 8  # part of a tile that moves at a time
+MOVED = 32  # of a tile: the part that moves at a time
 
 
 class Needs(NamedTuple):
