@@ -5,13 +5,14 @@
     python bench/growth.py --plot       draws what bench/results/growth.jsonl holds
 
 A dashed line is what the formula says: the floor of the time on this machine, and the size of the
-largest tensor that eager PyTorch stores.
+largest tensor that eager PyTorch stores.  Exponents are fitted to the larger half of the sizes.
 """
 
 import argparse
 import gc
 import math
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -110,13 +111,15 @@ def measure(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
     for value in sweep.values:
         case = sweep.make(value)
         sides = {"ours": case.sides["ours"], "eager": case.sides[sweep.eager]}
-        case = replace(case, sides=sides, rounds=7)
+        case = replace(case, sides=sides)
+        first_s = harness.warm_up(case, {})[0]
+        case = replace(case, rounds=min(51, max(7, int(1 / first_s["ours"]))))  # a second or more
         facts = {"op": sweep.op, "case": f"{sweep.axis}={value}, {case.name}", "x": sweep.axis}
         facts |= {"sizes": dict(case.sizes), "mode": case.mode, "formula": case.formula}
         facts |= {"floor_ms": machine.floor_ms(case.bytes_moved, case.flops)}
         facts |= {"stored_mb": sweep.stored(dict(case.sizes)) / 1e6}
         facts |= {"device": harness.DEVICE.type, **harness.environment()}
-        times = harness.time_sides(case, harness.warm_up(case, {})[0])
+        times = harness.time_sides(case, first_s)
         for name, side in sides.items():
             extra_mb = harness.extra_bytes(side) / 1e6
             lines.append({**facts, "side": name, **times[name], "extra_mb": extra_mb})
@@ -130,10 +133,10 @@ def measure(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def exponent(x: list[float], y: list[float]) -> float:
-    """p of y ~ x^p between the middle and the last point."""
-    k = len(x) // 2
-    return math.log(y[-1] / y[k]) / math.log(x[-1] / x[k])
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """p of y ~ x^p, fitted to the larger half of the points."""
+    logs = [[math.log(v) for v in values[len(values) // 2 :]] for values in (x, y)]
+    return statistics.linear_regression(*logs).slope
 
 
 def draw(
@@ -144,19 +147,23 @@ def draw(
     names = {"ours": "Tercet", "eager": sweep.eager}
     for side in ("ours", "eager"):
         points = sorted((x["sizes"][axis], x[key]) for x in lines if x["side"] == side)
-        x, y = (list(column) for column in zip(*points, strict=True))
-        power = f"$\\sim${axis}$^{{{exponent(x, y):.2f}}}$"
-        ax.plot(x, y, "o-", color=COLOURS[side], label=f"{names[side]}, {power}", markersize=4)
+        x, y = zip(*points, strict=True)
+        power = f"{axis}$^{{{exponent(x, y):.2f}}}$"
+        ax.plot(x, y, "o-", color=COLOURS[side], label=f"{names[side]}: {power}", markersize=4)
     points = sorted({(x["sizes"][axis], x[formula]) for x in lines})
     x, y = zip(*points, strict=True)
+    label = f"{label}: {axis}$^{{{exponent(x, y):.2f}}}$"
     ax.plot(x, y, "--", color=COLOURS["formula"], label=label, linewidth=1)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xticks(x, [f"{v:,}" for v in x], rotation=30)
+    ax.set_xticks(x, [f"{v:,}" for v in x])
+    ax.tick_params(labelsize=8)
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     ax.grid(alpha=0.25, which="major")
-    ax.legend(frameon=False, fontsize=8)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** 0.5)  # a third of the height is the legend's
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def plot(op: str, lines: list[dict[str, Any]], images: Path) -> Path:
@@ -175,9 +182,10 @@ def plot(op: str, lines: list[dict[str, Any]], images: Path) -> Path:
             for k, v in sizes.items()
             if k not in (sweep.axis, "kept")  # kept tokens grow with the batch
         )
-        left.set(ylabel="ms", xlabel=LABELS[sweep.axis], title=f"time, {fixed}")
-        right.set(ylabel="MB", xlabel=LABELS[sweep.axis], title="extra memory")
+        left.set(ylabel="time per call, ms", title=fixed)
+        right.set(ylabel="extra memory, MB", title=fixed)
         for panel in (left, right):
+            panel.set_xlabel(LABELS[sweep.axis])
             panel.title.set_fontsize(9)
     figure.suptitle(f"{op} {lines[0]['mode']} on {lines[0]['machine']}", fontsize=10)
     images.mkdir(parents=True, exist_ok=True)
