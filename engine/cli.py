@@ -6,6 +6,7 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import sys
 from typing import NamedTuple
 
@@ -130,5 +131,6 @@ def _run(target: str, argv: list[str], prog: str) -> int:
 
 
 def _unprefixed(message: str, prog: str) -> str:
-    """A message without the command's own name before it."""
-    return message.removeprefix(f"{prog}: ").removeprefix(f"{prog.split()[-1]}: ")
+    """A message without the names of command and function before it; a file's name stays."""
+    message = message.removeprefix(f"{prog}: ")
+    return re.sub(r"^([a-z_]\w*|[A-Z]\w*(\.[a-z_]+)?): ", "", message)

@@ -133,7 +133,8 @@ def read_mapping(path: str | Path) -> dict:
     except ConfigError:
         raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        what = " ".join(str(error).split())
+        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        what = " ".join(told.split())
         raise ConfigError(f"read_yaml: {path} must be a readable YAML file, got: {what}") from error
     data = {} if data is None else data
     if not isinstance(data, dict):

@@ -100,18 +100,22 @@ def find_model(path: str | Path) -> str:
     """A folder with a model in it, or a hub id.
 
     Raises:
-        FileNotFoundError: neither; names the newest checkpoint where `path` is its run's folder.
+        FileNotFoundError: neither; names the newest checkpoint where `path` is its run's folder, or
+            those of its runs.
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)
     if not folder.is_dir() and isinstance(path, str) and _may_be_hub_id(path):
         return path
-    newest = next(iter(checkpoints(folder) or checkpoints(folder.parent)), None)
+    near = (checkpoints(folder) or checkpoints(folder.parent))[:1]
+    if not near and folder.is_dir():  # a folder of runs: the newest of each
+        near = [path for run in sorted(folder.iterdir()) for path in checkpoints(run)[:1]]
+    meant = " or ".join(map(str, near))
     what = "no config.json in" if folder.is_dir() else "no folder"
     raise FileNotFoundError(
         f"Policy.from_pretrained: path must be a folder with a model or a hub id, got {what} "
-        f"{folder}; {f'did you mean {newest}?' if newest else 'check the path'}"
+        f"{folder}; {f'did you mean {meant}?' if meant else 'check the path'}"
     )
 
 

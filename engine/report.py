@@ -16,6 +16,7 @@ from tercet.engine.files import replace_text
 from tercet.engine.glossary import MEANINGS, general
 from tercet.engine.report_charts import charts_html, metrics_of, short
 from tercet.engine.report_runs import (
+    DEPTH,
     LARGEST,
     ResultTable,
     Run,
@@ -204,14 +205,18 @@ def render(title: str, runs: Sequence[Run], tables: Sequence[ResultTable] = ()) 
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """The folder when it is a run, or else those of its subfolders that are."""
-    subfolders = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
-    return [folder] if (folder / "metrics.jsonl").exists() or not subfolders else subfolders
+    """The folder when it is a run, or else the runs up to DEPTH folders below it."""
+    if (folder / "metrics.jsonl").exists():
+        return [folder]
+    patterns = ["*/" * depth + "metrics.jsonl" for depth in range(1, DEPTH + 1)]
+    found = {path.parent for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(run for run in found if found.isdisjoint(run.parents)) or [folder]
 
 
 def write_report(*folders: str | Path, output: str | Path | None = None) -> Path:
-    """Writes one page about all runs that the folders are or have as subfolders; returns its path.
+    """Writes one page about all runs that the folders are or hold; returns its path.
 
+    Runs are looked for up to DEPTH folders deep, those inside a run excepted.
     A folder's tables.json, if there is one, stands at the page's top; see `load_tables`.
 
     Args:
@@ -219,7 +224,7 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
         output: default: report.html in the folder, or in the one that holds all folders.
 
     Raises:
-        FileNotFoundError: neither a folder nor a subfolder of it holds a run; no folder for output.
+        FileNotFoundError: a folder neither is a run nor holds one; no folder for output.
         ValueError: as `load_run` and `load_tables`; output is there and no file.
     """
     if output:

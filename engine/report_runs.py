@@ -13,6 +13,7 @@ from tercet.engine.files import read_jsonl
 Series = dict[int, float]  # step -> value
 LARGEST = 1e30  # a metric beyond it cannot be drawn
 LARGEST_STEP = 2**53  # nor a step beyond it; JSON's integers have no end
+DEPTH = 3  # folders below the named one that a report looks for runs in
 TABLES = "tables.json"  # finished figures of a folder of runs; see `load_tables`
 
 
@@ -51,8 +52,11 @@ def load_run(folder: Path) -> Run:
             record whose step is not an integer.
     """
     if not (folder / "metrics.jsonl").exists():
+        got = (
+            f"no metrics.jsonl in it, nor {DEPTH} folders deep" if folder.is_dir() else "no folder"
+        )
         raise FileNotFoundError(
-            f"report: {folder} must be a run folder, got no metrics.jsonl in it"
+            f"report: {folder} must be a run folder or hold some, got {got}; check the path"
         )
     metrics: dict[str, Series] = {}
     for record in read_jsonl(folder / "metrics.jsonl"):

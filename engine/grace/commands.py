@@ -171,8 +171,9 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
         sys.stdout.write(f"{line}\n")
     if config.output is not None:
         facts = {"model": config.model, **rows, "settings": how | asdict(encoder.settings)}
+        before = " (in place of the file of that name)" if Path(config.output).exists() else ""
         replace_text(Path(config.output), json.dumps(facts | columns, indent=2) + "\n")
-        sys.stdout.write(f"wrote {config.output}\n")
+        sys.stdout.write(f"wrote {config.output}{before}\n")
     return 0
 
 

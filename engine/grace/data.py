@@ -145,7 +145,7 @@ def _read(config: GraceData, path: str, notes: list[str]) -> list[Example]:
     examples, blank, expanded = [], [], 0
     for index, row in enumerate(rows):
         where = rows.where(index)
-        found = list(read(row, where))
+        found = list(read(row, where, rows))
         expanded += len(found) > 1
         for example in found:
             cleaned = _cleaned(example, config.remove)
@@ -162,12 +162,12 @@ def _read(config: GraceData, path: str, notes: list[str]) -> list[Example]:
     return examples
 
 
-def _supervised(row: dict[str, object], where: str) -> Iterator[Example]:
+def _supervised(row: dict[str, object], where: str, rows: Rows) -> Iterator[Example]:
     inner = row.get("multi_input")
     if isinstance(inner, dict):
         row = {ours: inner.get(theirs) for ours, theirs in GRACE_PARQUET.items()}
-    query = check_text("load_dataset", "query", _pick(row, QUERY, where), where)
-    positives = _texts("positive", _pick(row, POSITIVE, where), where)
+    query = check_text("load_dataset", "query", _pick(row, QUERY, where, rows), where)
+    positives = _texts("positive", _pick(row, POSITIVE, where, rows), where)
     if not positives:
         raise ValueError(f"load_dataset: a row must have a positive, got an empty list at {where}")
     names = sorted((name for name in row if NEGATIVE.fullmatch(name)), key=_suffix_number)
@@ -176,20 +176,24 @@ def _supervised(row: dict[str, object], where: str) -> Iterator[Example]:
         yield Example(document=positive, query=query, negatives=tuple(negatives))
 
 
-def _unsupervised(row: dict[str, object], where: str) -> Iterator[Example]:
+def _unsupervised(row: dict[str, object], where: str, rows: Rows) -> Iterator[Example]:
     prompt = row.get("prompt")
     if "text" not in row and isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         row = {"text": prompt[-1].get("content")}
-    yield Example(document=check_text("load_dataset", "text", _pick(row, ("text",), where), where))
+    text = _pick(row, ("text",), where, rows)
+    yield Example(document=check_text("load_dataset", "text", text, where))
 
 
-def _pick(row: dict[str, object], names: Sequence[str], where: str) -> object:
+def _pick(row: dict[str, object], names: Sequence[str], where: str, rows: Rows) -> object:
     for name in names:
         if name in row:
             return row[name]
+    remedy = "set data.columns to the names in the file, or data.mode"
+    if any(name in other for other in rows for name in names):  # the file is of this kind
+        remedy = "correct or delete the row"
     raise ValueError(
         f"load_dataset: column {' or '.join(map(repr, names))} must be there, got only "
-        f"{sorted(row)} at {where}; set data.columns to the names in the file, or data.mode"
+        f"{sorted(row)} at {where}; {remedy}"
     )
 
 

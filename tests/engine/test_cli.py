@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tercet.engine.cli import COMMANDS, main
+from tercet.engine.cli import COMMANDS, _unprefixed, main
 
 TERCET = str(Path(sys.executable).with_name("tercet"))
 
@@ -65,6 +65,31 @@ def test_a_failure_is_one_line_and_exit_status_1(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith(f"tercet report: {tmp_path}")  # and not "report: " once more
     assert "Traceback" not in done.stderr
+    assert done.stderr.endswith(
+        " must be a run folder or hold some, got no folder; check the path\n"
+    )
+
+
+def test_a_missing_yaml_is_named_once(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    assert main(["grace", "train", "--config", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"tercet grace train: {path} must be a readable YAML file, got: No such file or directory\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("tercet a b: read_yaml: x", "x"),
+        ("Policy.from_pretrained: x: y", "x: y"),
+        ("Policy.hidden: x", "x"),
+        ("GraceConfig: x", "x"),
+        ("data.jsonl: x", "data.jsonl: x"),
+    ],
+)
+def test_a_message_names_no_function(message, shown):
+    assert _unprefixed(message, "tercet a b") == shown
 
 
 def test_wrong_usage_is_one_line_and_exit_status_2():
@@ -90,7 +115,7 @@ def test_the_name_of_the_command_stands_once(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("tercet grace experiment: output_dir must be new")
     (tmp_path / "c.yaml").write_text("mod: x\n")
     assert main(["grace", "train", "--config", str(tmp_path / "c.yaml")]) == 2
-    assert capsys.readouterr().err.startswith("tercet grace train: read_yaml: ")
+    assert capsys.readouterr().err.startswith(f"tercet grace train: {tmp_path}")
     assert main(["grace", "train", "--modle", "x"]) == 2
     assert capsys.readouterr().err.count("tercet grace train") == 2  # and in "see ... --help"
 
@@ -124,7 +149,7 @@ def test_an_unreachable_hub_warns_once_and_the_error_names_the_model(tmp_path):
     )
     assert done.returncode == 1
     *warnings, last = done.stderr.splitlines()
-    assert last.startswith("tercet grace encode: Policy.from_pretrained: no-one/nothing must be a ")
+    assert last.startswith("tercet grace encode: no-one/nothing must be a ")
     assert sum("[Retry 1/5]" in line for line in warnings) == 1
 
 

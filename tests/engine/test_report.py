@@ -87,6 +87,18 @@ def test_eighteen_runs_are_told_apart():
     assert len(set(styles_of(runs).values())) == 18
 
 
+def test_runs_are_found_three_folders_deep(tmp_path):
+    for place in ("a", "b/c", "b/d/e"):
+        make_run(tmp_path / "runs" / place)
+    make_run(tmp_path / "runs" / "b" / "d" / "f" / "g")  # too deep
+    make_run(tmp_path / "runs" / "b" / "c" / "h")  # inside a run
+    page = write_report(tmp_path / "runs").read_text()
+    assert [f"<h2>{name}</h2>" in page for name in "acegh"] == [True] * 3 + [False] * 2
+    (tmp_path / "runs" / "b" / "x").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"runs/b/x must be .*jsonl in it, nor 3 folders d"):
+        write_report(tmp_path / "runs" / "b" / "x")
+
+
 def test_one_run_needs_no_legend(tmp_path):
     assert 'class="legend"' not in write_report(make_run(tmp_path / "run")).read_text()
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tercet.engine.cli import main
 from tercet.engine.config import read_yaml
+from tercet.engine.demo import evidence
 from tercet.engine.demo.config import MAX_COMPLETION_LENGTH, GraceDemoConfig, PretrainConfig
 from tercet.engine.demo.evidence import markdown, run_evidence
 from tercet.engine.demo.grace import MAX_PROMPT_LENGTH, _claim, run_demo
@@ -188,6 +189,23 @@ def test_evidence_keeps_lines_per_seed_and_model(finished, tmp_path):
     assert (runs / "evidence.md").read_text() == table + "\n"
     with pytest.raises(ValueError, match="at least one seed, got none"):
         run_evidence(mine, seeds=(), results=path)
+
+
+def test_evidence_lies_where_the_repository_keeps_it_only_there(finished, tmp_path, monkeypatch):
+    runs = Path(finished[0].output_dir).parent
+    mine = replace(finished[0], output_dir=str(runs))
+    kept = tmp_path / "bench" / "results" / "demo_grace.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    monkeypatch.chdir(tmp_path)
+    out = io.StringIO()
+    run_evidence(mine, seeds=(0,), console=Console(file=out, width=80))
+    assert kept.read_text() == ""
+    assert len(read_jsonl(runs / "demo_grace.jsonl")) == len(MODELS)
+    assert f"wrote {runs / 'demo_grace.jsonl'} and {runs}/evidence.md" in out.getvalue()
+    monkeypatch.setattr(evidence, "CHECKOUT", tmp_path)
+    run_evidence(mine, seeds=(0,), console=Console(file=out))
+    assert len(read_jsonl(kept)) == len(MODELS)
 
 
 def test_markdown_gives_mean_and_range(finished):

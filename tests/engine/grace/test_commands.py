@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -136,6 +137,9 @@ def test_eval_measures_without_and_with_rationales(checkpoint, tmp_path, capsys)
     assert "grace eval: 2 of 3 rows measured are rows that the run trained on" in said.err
     assert found["settings"]["max_completion_length"] == 3
     assert found["settings"]["pooling"] == "max"
+    assert said.out.endswith(f"wrote {tmp_path / 'figures.json'}\n")
+    run_eval(tmp_path, *argv)
+    assert capsys.readouterr().out.endswith("figures.json (in place of the file of that name)\n")
     for column in ("no_rationale", "rationale"):
         assert 0 <= found[column]["eval/recall@1"] <= 1
         assert -1 <= found[column]["eval/sts_spearman"] <= 1
@@ -275,6 +279,12 @@ def test_the_defaults_of_a_model_without_a_run_are_said(checkpoint, tmp_path, ca
 def test_eval_of_what_is_no_checkpoint_names_the_one_that_is(checkpoint, tmp_path, capsys):
     assert main(["grace", "eval", "--model", str(tmp_path / "run")]) == 1
     assert f"did you mean {checkpoint}?" in capsys.readouterr().err
+    other = Path(checkpoint).rename(tmp_path / "run" / "checkpoint-2")
+    shutil.copytree(tmp_path / "run", tmp_path / "ran")
+    (tmp_path / "ran" / "checkpoint-1").mkdir()  # older, not named
+    with pytest.raises(FileNotFoundError) as error:
+        GraceEncoder.from_pretrained(str(tmp_path))
+    assert f"did you mean {tmp_path}/ran/checkpoint-2 or {other}?" in str(error.value)
     assert main(["grace", "eval", "--model", str(tmp_path / "nope" / "checkpoint-1")]) == 1
     assert f"no folder {tmp_path / 'nope'}" in capsys.readouterr().err
 

@@ -67,6 +67,13 @@ def test_unsupervised_texts(tmp_path, dataset):
     assert found.train == [Example(document="why")]
 
 
+def test_one_bad_row_is_no_matter_of_settings(dataset):
+    with pytest.raises(
+        ValueError, match=r"got only \['text'\] at .*:2; correct or delete the row$"
+    ):
+        dataset([{"query": "q", "positive": "a"}, {"text": "b"}])
+
+
 def test_every_positive_becomes_a_row(dataset):
     found = dataset([{"query": "q", "pos": ["a", "b"], "neg": []}])
     assert {e.document for e in found.train} == {"a", "b"}
