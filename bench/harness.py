@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -152,19 +153,40 @@ def as_test(cases: Mapping[str, Callable[[], Case]]) -> Callable[..., None]:
     return test
 
 
+def busy() -> str:
+    """A warning where more wants to run on the CPU than it has cores, else an empty text."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores:
+        return ""
+    return f"warning: load {load:.1f} on {cores} cores, the machine is busy: figures will be off"
+
+
+def progress(done: int, total: int, seconds: float) -> str:
+    """How far a bench is, and seconds left were the other cases like those that ran."""
+    left = seconds / done * (total - done)
+    return f"  {done} of {total} cases in {seconds:.0f} s; about {left:.0f} s left"
+
+
 def main(cases: Mapping[str, Callable[[], Case]]) -> None:
-    """Runs the cases named on the command line, or all."""
+    """Runs the cases named on the command line, or all; --list only names them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case", nargs="*", choices=[[], *cases], help="default: all")
     parser.add_argument(
         "--out", type=Path, help="JSON lines file (default: bench/results/OP.jsonl)"
     )
+    parser.add_argument("--list", action="store_true", help="name the cases and run nothing")
     args = parser.parse_args()
-    ran, absent = [], []
-    for name in args.case or cases:
+    if args.list:
+        print(*cases, sep="\n")
+        return
+    if warning := busy():
+        print(warning)
+    ran, absent, names, start = [], [], args.case or list(cases), time.perf_counter()
+    for name in names:
         case = cases[name]()
         absent += case.roster.absent
         ran.append(run(case, out=args.out)["ours"])
+        print(progress(len(ran), len(names), time.perf_counter() - start))
     files = dict.fromkeys(args.out or results_file(line["op"]) for line in ran)
     if not args.case:
         for file in files:

@@ -32,6 +32,7 @@ SUMMARIES = {
     "growth": "time and memory as the sizes grow, plotted",
 }
 SCRIPTS = OPS | SYSTEMS | SUMMARIES
+WITHOUT_CASES = {"grace_step", *SUMMARIES}
 RESULTS = Path("runs/bench")  # bench/results/ is tracked, and is not for a visitor to change
 
 
@@ -45,7 +46,8 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("op", nargs="*", help="what to run")
-    parser.add_argument("--case", nargs="+", default=[], help="cases of one op; default: all")
+    parser.add_argument("--case", nargs="+", default=[], help="of one op; default: all")
+    parser.add_argument("--list", action="store_true", help="name the cases and run nothing")
     parser.add_argument("--out", type=Path, help=f"JSON lines file (default: {RESULTS}/OP.jsonl)")
     args = parser.parse_args(argv)
     unknown = [op for op in args.op if op not in SCRIPTS]
@@ -53,6 +55,9 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
         parser.error(f"op must be one of {', '.join(SCRIPTS)}; got {', '.join(unknown)}")
     if args.case and len(args.op) != 1:
         parser.error(f"--case belongs to one op, got {len(args.op)}")
+    without = [op for op in args.op if op in WITHOUT_CASES]
+    if args.list and without:
+        parser.error(f"--list is for a bench that has cases, got {', '.join(without)}")
     return args
 
 
@@ -75,6 +80,10 @@ def main(argv: list[str], prog: str) -> int:
         out = (args.out or RESULTS / f"{op}.jsonl").resolve()
         command = [sys.executable, str(FOLDER / f"{op}.py"), *args.case, "--out", str(out)]
         command += ["--images", str(out.parent)] if op == "growth" else []
+        if args.list:
+            sys.stdout.write(f"cases of {op}:\n")
+            sys.stdout.flush()
+            command.append("--list")
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         status = subprocess.run(command, check=False, env=environment).returncode
         if status:

@@ -234,6 +234,33 @@ def test_a_bench_ends_with_what_its_columns_mean_and_where_it_wrote(tmp_path, ca
     assert harness.wrote(tmp_path / "a.jsonl", out) == f"wrote {tmp_path / 'a.jsonl'}, toy.jsonl"
 
 
+@pytest.mark.parametrize(("load", "warned"), [(2.0, False), (2.1, True)])
+def test_a_bench_warns_of_a_busy_machine_and_says_how_long_it_will_take(
+    load, warned, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path / "toy.jsonl")])
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    ours = {"op": "toy", "case": "toy", "machine": "here"}
+    monkeypatch.setattr(harness, "run", lambda case, out: {"ours": ours})
+    clock = iter([0.0, 10.0, 16.0, 21.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    harness.main(dict.fromkeys("abc", _case))
+    shown = capsys.readouterr().out
+    assert [line.strip() for line in shown.splitlines() if " cases in " in line] == [
+        "1 of 3 cases in 10 s; about 20 s left",
+        "2 of 3 cases in 16 s; about 8 s left",
+        "3 of 3 cases in 21 s; about 0 s left",
+    ]
+    assert shown.startswith(f"warning: load {load} on 2 cores") == warned
+
+
+def test_a_bench_names_its_cases_and_runs_none(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["toy.py", "--list"])
+    harness.main({"one": _case, "the other": _case})
+    assert capsys.readouterr().out == "one\nthe other\n"
+
+
 def test_compilation_is_reported_apart_and_not_in_the_median(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(harness, "forget_compiled_code", lambda: None)

@@ -62,6 +62,15 @@ def test_a_case_that_a_bench_does_not_know_is_wrong_usage(folder):
     assert main(["bench", "token_logp", "--case", "none"]) == 2
 
 
+def test_cases_are_named_by_the_benches_themselves(folder, capfd):
+    for op in ("token_logp", "linear_logp"):
+        (folder / f"{op}.py").write_text("import sys\nprint(sys.argv[-1])")
+    assert main(["bench", "token_logp", "linear_logp", "--list"]) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "cases of token_logp:", "--list", "cases of linear_logp:", "--list"
+    ]  # fmt: skip
+
+
 def test_results_go_to_the_current_folder_and_not_into_the_checkout(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for op in ("token_logp", "growth"):
@@ -80,6 +89,7 @@ def test_results_go_to_the_current_folder_and_not_into_the_checkout(folder, tmp_
         (["no_such_op"], "op must be one of masked_mean, "),
         (["--case", "a"], "--case belongs to one op, got 0"),
         (["linear_logp", "token_logp", "--case", "a"], "--case belongs to one op, got 2"),
+        (["token_logp", "growth", "--list"], "a bench that has cases, got growth"),
     ],
 )
 def test_wrong_usage(args, message, capsys):
