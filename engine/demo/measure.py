@@ -45,8 +45,8 @@ def read_with_rationales(
         for encoded in sampled
     ]
     means = {key: sum(m[key] for m in measures) / repeats for key in measures[0]}
-    at_zero = spread(greedy.vectors, texts)["recall_at_1"]
-    return Reading(model=model, recall_at_1_greedy=at_zero, **means), sampled[0].rationales
+    at_zero = spread(greedy.vectors, texts)["topic_hit_at_1"]
+    return Reading(model=model, topic_hit_at_1_greedy=at_zero, **means), sampled[0].rationales
 
 
 def spread(vectors: Float[Tensor, "n hidden"], texts: Sequence[Text]) -> dict[str, float]:
@@ -55,7 +55,7 @@ def spread(vectors: Float[Tensor, "n hidden"], texts: Sequence[Text]) -> dict[st
     query = torch.tensor([text.side == "query" for text in texts])
     relevant = topic[query][:, None] == topic[~query][None, :]
     found = retrieval_metrics(vectors[query], vectors[~query], relevant)
-    return {"recall_at_1": found["hit@1"], "mean_cosine": anisotropy(vectors[~query])}
+    return {"topic_hit_at_1": found["hit@1"], "mean_cosine": anisotropy(vectors[~query])}
 
 
 def names_topic(world: World, texts: Sequence[Text], rationales: Sequence[str]) -> float:

@@ -12,9 +12,9 @@ class Reading:
     """One row of the table: shares in [0, 1] over the held-out texts; None where not applicable."""
 
     model: str
-    recall_at_1: float  # queries whose best document is of their topic
+    topic_hit_at_1: float  # queries whose best document is of their topic
     mean_cosine: float  # of two different documents; 1 is a full collapse
-    recall_at_1_greedy: float | None = None  # the same with greedy rationales
+    topic_hit_at_1_greedy: float | None = None  # the same with greedy rationales
     names_topic: float | None = None  # rationales that name the right topic and no other
     distinct: float | None = None  # different rationales / rationales
     truncated: float | None = None  # rationales cut off by the budget
@@ -50,8 +50,18 @@ class DemoResults:
 
 
 def read_results(path: Path) -> DemoResults:
-    """The results.json of a finished demo."""
+    """The results.json of a finished demo.
+
+    Raises:
+        ValueError: its keys are those of another version.
+    """
     data = json.loads(path.read_text(encoding="utf-8"))
-    data["readings"] = [Reading(**row) for row in data["readings"]]
-    data["samples"] = [Sample(**row) for row in data["samples"]]
-    return DemoResults(**data)
+    try:
+        data["readings"] = [Reading(**row) for row in data["readings"]]
+        data["samples"] = [Sample(**row) for row in data["samples"]]
+        return DemoResults(**data)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"read_results: {path} must be of this version of the demo, got one of an older "
+            "version; delete it, and the same command measures the models anew"
+        ) from error

@@ -19,15 +19,15 @@ LABELS = {
 }
 RUNS = ("paper", "document", "infonce")  # whose curves the page has
 COLUMNS = {
-    "recall_at_1": "recall@1",
-    "recall_at_1_greedy": "greedy",
+    "topic_hit_at_1": "topic\nhit@1",
+    "topic_hit_at_1_greedy": "greedy",
     "names_topic": "names\ntopic",
     "distinct": "distinct",
     "mean_cosine": "mean\ncosine",
     "truncated": "cut\noff",
 }
 LEGEND = {
-    "recall@1": "queries whose best document is of their topic; chance: 0.025",
+    "topic hit@1": "queries whose best document is of their topic; chance: 0.025",
     "greedy": "the same with greedy rationales; all else samples at temperature 1",
     "names topic": "rationales that name the right topic and no other",
     "distinct": "different rationales / rationales; one sentence for all: 0.003",

@@ -63,7 +63,7 @@ def test_folder_holds_runs_results_and_report(finished):
     for reading in results.readings:
         run = reading.model if (folder / reading.model / "metrics.jsonl").exists() else ""
         row = f"<td>{LABELS[reading.model]}</td><td>{run}</td>"
-        assert f'{row}<td class="n">{reading.recall_at_1:.3f}</td>' in page
+        assert f'{row}<td class="n">{reading.topic_hit_at_1:.3f}</td>' in page
     assert all(sample.text in page for sample in results.samples)
     rows = [row for path in folder.glob("*/metrics.jsonl") for row in read_jsonl(path)]
     assert not [key for row in rows for key in row if key != "step" and not general(key)]
@@ -97,12 +97,12 @@ def test_every_model_is_measured(finished):
     _, _, results = finished
     assert [reading.model for reading in results.readings] == MODELS
     for reading in results.readings:
-        assert 0 <= reading.recall_at_1 <= 1
+        assert 0 <= reading.topic_hit_at_1 <= 1
         assert -1 <= reading.mean_cosine <= 1
         written = [reading.names_topic, reading.distinct, reading.truncated]
         if reading.model in ("base", "infonce"):
             assert written == [None] * 3
-            assert reading.recall_at_1_greedy is None
+            assert reading.topic_hit_at_1_greedy is None
         else:
             assert all(value is not None and 0 <= value <= 1 for value in written)
     world = World(seed=0)
@@ -208,13 +208,21 @@ def test_evidence_lies_where_the_repository_keeps_it_only_there(finished, tmp_pa
     assert len(read_jsonl(kept)) == len(MODELS)
 
 
+def test_results_of_an_older_version_are_told_in_words(finished, tmp_path):
+    text = (Path(finished[0].output_dir) / "results.json").read_text()
+    path = tmp_path / "results.json"
+    path.write_text(text.replace("topic_hit_at_1", "recall_at_1"))
+    with pytest.raises(ValueError, match=r"got one of an older version; delete it"):
+        read_results(path)
+
+
 def test_markdown_gives_mean_and_range(finished):
     _, _, results = finished
-    readings = [replace(r, recall_at_1=r.recall_at_1 + 0.25) for r in results.readings]
+    readings = [replace(r, topic_hit_at_1=r.topic_hit_at_1 + 0.25) for r in results.readings]
     facts = results.environment | {"commit": "0123456789abcdef+changes"}
     results = replace(results, environment=facts)
     other = replace(results, seed=1, readings=readings)
-    low = results.reading("document").recall_at_1
+    low = results.reading("document").topic_hit_at_1
     table = markdown([results, other])
     assert "commit 0123456+changes." in table
     row = next(line for line in table.splitlines() if "repaired" in line)
@@ -268,7 +276,7 @@ def test_repaired_form_learns_and_paper_form_collapses(tmp_path):
     config = GraceDemoConfig(output_dir=str(tmp_path / "demo"), max_steps=40, eval_repeats=1)
     results = run_demo(config, console=Console(file=io.StringIO()))
     base, paper, repaired = (results.reading(m) for m in ("base_reasoning", "paper", "document"))
-    assert repaired.recall_at_1 > base.recall_at_1 + 0.3
+    assert repaired.topic_hit_at_1 > base.topic_hit_at_1 + 0.3
     assert (repaired.names_topic or 0) > 0.5
     assert (base.names_topic or 1) < 0.35
     assert (repaired.distinct or 0) > 0.6

@@ -15,14 +15,14 @@ def world() -> World:
 def test_a_vector_per_topic_finds_everything(world):
     texts = world.held_out()
     found = spread(torch.eye(40)[[t.topic for t in texts]], texts)
-    assert found["recall_at_1"] == 1.0
+    assert found["topic_hit_at_1"] == 1.0
     assert found["mean_cosine"] == pytest.approx(40 * 5 * 4 / (200 * 199))  # within topics: 1
 
 
 def test_one_vector_for_all_finds_nothing(world):
     texts = world.held_out()
     assert spread(torch.ones(400, 8), texts) == pytest.approx(
-        {"recall_at_1": 0.0, "mean_cosine": 1.0}
+        {"topic_hit_at_1": 0.0, "mean_cosine": 1.0}
     )
 
 
@@ -32,7 +32,7 @@ def test_half_of_the_topics_swapped_is_half_of_the_queries(world):
     for i, text in enumerate(texts):
         if text.side == "query" and text.topic < 20:
             vectors[i] = torch.eye(40)[(text.topic + 1) % 20]
-    assert spread(vectors, texts)["recall_at_1"] == 0.5
+    assert spread(vectors, texts)["topic_hit_at_1"] == 0.5
 
 
 def test_only_the_right_topic_and_no_other_counts(world):
