@@ -5,7 +5,14 @@ Importing this package loads neither torch nor triton; `tercet.kernels` and `ter
 
 from importlib.metadata import version
 
-from tercet._mcts import Tree
+from tercet._mcts import RewardConfig, RewardForm, Tree, rollout_reward, rollout_rewards
 
 __version__ = version("tercet")
-__all__ = ["Tree", "__version__"]
+__all__ = [
+    "RewardConfig",
+    "RewardForm",
+    "Tree",
+    "__version__",
+    "rollout_reward",
+    "rollout_rewards",
+]
