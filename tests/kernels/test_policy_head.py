@@ -367,6 +367,20 @@ def test_rows_without_advantage_share_no_chunk_with_the_others(impl, device, sma
     assert "aten::addmm" not in {event.key for event in profile.key_averages()}
 
 
+def test_whole_rows_of_a_chunk_make_three_products(impl, device, small_tiles):
+    if device.type != "cpu" or impl != "auto":
+        pytest.skip("the others cut the vocabulary into tiles")
+    inputs, targets, given = problem(20, 256, device=device)
+    given = {"old_logp": given["old_logp"], "advantage": torch.ones(20)}
+    leaves = leaves_of(inputs[:2])
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        call(leaves, targets, given, impl=impl, memory_budget_mb=40)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::mm"] == 3
+    assert "aten::addmm" not in counts
+
+
 def test_one_dead_row_of_many_stays_where_moving_the_others_costs_more(impl, device):
     inputs, targets, _ = problem(64, 256, device=device)
     given = {"old_logp": linear_logp_ref(*inputs[:2], targets).logp, "advantage": targets + 1.0}
@@ -562,6 +576,7 @@ def test_backward_in_a_bare_thread(impl, device):
         ((256, 16_384, 8), torch.float32, (0, 1), 12),
         ((64, 8192, 256), torch.float32, (0, 1), 2),  # and here a gradient 8 MiB
         ((64, 8192, 256), torch.bfloat16, (0,), 1),  # or a cast of the weight
+        ((232, 8192, 256), torch.bfloat16, (0,), 4),  # of which a part is cast at a time
     ],
     ids=str,
 )
