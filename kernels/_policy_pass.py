@@ -395,10 +395,7 @@ class _ExponentialPass(_Pass):
         slopes: pt.Slopes,
     ) -> None:
         needs, packing = self.options.needs, _Packing.of(slopes.logp != 0)
-        if packing.count == 0:
-            return
-        c = -slopes.logp * query.scale * (-result.stats[1]).exp()
-        c = c.masked_fill(result.logp.squeeze(1).isnan(), torch.nan)[:, None]
+        c = (-slopes.logp * query.scale * (-result.stats[1]).exp())[:, None]
         scaled = packing.pack(hidden * c)
         e, c = packing.pack(self.logits_of(len(hidden))), packing.pack(c)
         if needs.hidden:
