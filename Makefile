@@ -30,7 +30,7 @@ help:
 $(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/src/*.?pp csrc/include/tercet/*.hpp bindings/*.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip -c constraints.txt
-	@echo "installing $(TORCH) and the rest into $(VENV); make help says how to get torch without CUDA"
+	@echo "installing $(TORCH) and the rest into $(VENV): minutes, 3 GB with the CPU build; make help says how to get torch without CUDA"
 	$(BIN)/pip install -q -c constraints.txt $(TORCH) scikit-build-core pybind11 cmake ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,eval]'
 	@touch $@

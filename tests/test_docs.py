@@ -74,7 +74,7 @@ def test_python_of_the_pages_runs(after_the_demo, capsys, page, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "number"), [("README.md", 5), ("docs/grace.md", 4)])
+@pytest.mark.parametrize(("page", "number"), [("README.md", 6), ("docs/grace.md", 4)])
 def test_commands_of_the_pages_run(after_the_demo, page, number):
     lines = [line for block in blocks(page) for line in block.splitlines()]
     commands = [line.split(maxsplit=1)[1] for line in lines if line.startswith("tercet ")]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # how a text becomes a vector: options here, and fields of EncoderSettings
 EMBEDDING = ("system_prompt", "max_prompt_length", "max_completion_length", "pooling")
+NO_RATIONALES = "the run trained no rationales, so the texts alone are"
 StsPairs = tuple[list[str], list[str], list[float]]  # both sides of every pair, and their scores
 
 
@@ -36,7 +37,7 @@ class EncodeConfig:
     input: str  # .txt (one text per line), .jsonl or .parquet
     output_dir: str  # gets vectors.safetensors (float32 [n, hidden]) and rationales.jsonl
     column: str = "text"  # of .jsonl and .parquet
-    generate: bool = True  # False: embed the prompt alone
+    generate: bool | None = None  # False: embed the prompt alone; None: as the model was trained
     system_prompt: str | None = None  # before every text; None: as in training, else GRACE's own
     max_prompt_length: int | None = None  # tokens, template included; None: likewise, else 1024
     max_completion_length: int | None = None  # None: as the model was trained, else 256
@@ -68,11 +69,16 @@ def encode(argv: Sequence[str], prog: str) -> int:
     from safetensors.torch import save_file
 
     encoder = _encoder(config, prog)
+    generate = config.generate
+    if generate is None:
+        generate = encoder.generate or config.max_completion_length is not None
+        if not generate:
+            sys.stderr.write(f"{prog}: {NO_RATIONALES} embedded; --generate True adds rationales\n")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         encoded = encoder.encode(
             texts,
-            generate=config.generate,
+            generate=generate,
             temperature=config.temperature,
             seed=config.seed,
             normalize=config.normalize,
@@ -204,7 +210,7 @@ def _notes(found: HeldOut, how: dict[str, Any], config: EvalConfig) -> list[str]
     notes = [f"not as the run measured ({', '.join(changed)})"] if changed else []
     if not _writes(found, config):
         notes.append(
-            "the run trained no rationales, so the texts alone are measured; "
+            f"{NO_RATIONALES} measured; "
             "--max-completion-length N adds rationales of at most N tokens"
         )
     if how["temperature"] == 0 and all(example.query is None for example in found.examples):
@@ -262,7 +268,7 @@ def _encoder(
         **given,
     )
     settings = asdict(encoder.settings) | {"system_prompt": "GRACE's own"}
-    defaults = {name: value for name, value in settings.items() if name not in given}
+    defaults = {name: settings[name] for name in EMBEDDING if name not in given}
     if defaults and not (Path(config.model).expanduser() / RUN).is_file():
         sys.stderr.write(f"{prog}: {config.model} has no {RUN}, so by default {_told(defaults)}\n")
     return encoder
@@ -303,8 +309,10 @@ def _show(title: str, columns: dict[str, dict[str, float]]) -> None:
         table.add_row(key, *[f"{c[key]:.3f}" if key in c else "-" for c in columns.values()])
     console = Console(highlight=False)
     console.print(title, table, sep="\n", markup=False, soft_wrap=True)
-    for name in dict.fromkeys(map(general, keys)):
-        console.print(f"{name:<20}{MEANINGS[name]}", style="dim", markup=False, soft_wrap=True)
+    names = list(dict.fromkeys(map(general, keys)))
+    width = max(map(len, names)) + 2
+    for name in names:
+        console.print(f"{name:<{width}}{MEANINGS[name]}", style="dim", markup=False, soft_wrap=True)
 
 
 def _read_sts(path: str) -> StsPairs:

@@ -102,6 +102,7 @@ class EncoderSettings:
     max_prompt_length: int = 1024  # tokens, template included
     max_completion_length: int = 256  # tokens of a rationale; 256 is the knee that the paper saw
     pooling: Pooling = "mean"
+    generate: bool = True  # False: of a run that trained no rationales, but the texts alone
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "max_completion_length"):

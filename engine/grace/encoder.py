@@ -72,6 +72,7 @@ class GraceEncoder:
         system_prompt: str = SYSTEM_PROMPT,
         max_completion_length: int = 256,
         pooling: Pooling = "mean",
+        generate: bool = True,
         max_batch_size: int = 64,
         max_tokens_per_batch: int = 16_384,
         sampler: Sampler | None = None,
@@ -84,6 +85,7 @@ class GraceEncoder:
             system_prompt: the one the policy was trained with.
             max_completion_length: token budget of a rationale, where `encode` is given none.
             pooling: how hidden states become a vector; the one the policy was trained with.
+            generate: whether `encode` writes rationales where it is not told.
             max_batch_size: rationales written at once; memory and speed only.
             max_tokens_per_batch: of a forward pass without generation; memory only.
             sampler: of this very policy, one that pools; None: a `TransformersSampler`.
@@ -104,6 +106,7 @@ class GraceEncoder:
         )
         self.pooling: Pooling = pooling
         self.max_completion_length = max_completion_length
+        self.generate = generate
         self.max_tokens_per_batch = max_tokens_per_batch
         self.sampler: Sampler = (
             TransformersSampler(policy, max_batch_size=max_batch_size)
@@ -119,6 +122,7 @@ class GraceEncoder:
             max_prompt_length=self.prompt.max_prompt_length,
             max_completion_length=self.max_completion_length,
             pooling=self.pooling,
+            generate=self.generate,
         )
 
     @classmethod
@@ -168,7 +172,7 @@ class GraceEncoder:
         self,
         texts: Sequence[str],
         *,
-        generate: bool = True,
+        generate: bool | None = None,
         max_completion_length: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -186,6 +190,7 @@ class GraceEncoder:
         Args:
             texts: a list, not one string.
             generate: False embeds the templated prompt alone: no rationale, one forward pass.
+                None: as the encoder does, a checkpoint's as its run trained it.
             max_completion_length: token budget of a rationale; None: the encoder's.
             temperature: 0 is greedy.
             top_p: nucleus, in (0, 1].
@@ -204,6 +209,7 @@ class GraceEncoder:
                 states that are not finite.
         """
         _check_texts(texts)
+        generate = self.generate if generate is None else generate
         length = max_completion_length
         params = SamplingParams(
             max_completion_length=self.max_completion_length if length is None else length,
@@ -405,6 +411,7 @@ def _trained_with(checkpoint: Path) -> EncoderSettings:
     settings = settings | (data if isinstance(data, dict) else {})
     names = [field.name for field in fields(EncoderSettings)]
     found = {name: settings[name] for name in names if name in settings}
+    found["generate"] = isinstance(data, dict) or not found
     return read_record(EncoderSettings, found, where)
 
 

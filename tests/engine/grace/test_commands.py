@@ -78,6 +78,28 @@ def test_encode_writes_vectors_and_rationales(checkpoint, tmp_path, capsys):
     assert "output_dir must be new" in capsys.readouterr().err
 
 
+def test_a_baseline_encodes_as_it_was_trained(checkpoint, tmp_path, capsys):
+    file = Path(checkpoint) / "tercet.json"
+    run = json.loads(file.read_text())
+    settings = run["settings"]
+    file.write_text(json.dumps(run | {"settings": settings["data"] | {"pooling": "mean"}}))
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": "the cat"}, {"text": "a dog barks"}])
+    argv = ["grace", "encode", "--model", checkpoint, "--input", texts, "--output-dir"]
+    assert main([*argv, str(tmp_path / "alone")]) == 0
+    said = capsys.readouterr().err
+    assert "trained no rationales, so the texts alone are embedded; --generate True" in said
+    alone = load_file(tmp_path / "alone" / "vectors.safetensors")["vectors"]
+    encoder = GraceEncoder.from_pretrained(checkpoint)
+    assert alone.allclose(encoder.encode(["the cat", "a dog barks"]).vectors, atol=1e-5)
+    assert encoder.encode(["the cat"]).rationales == [""]
+    for name, more in {"told": ["--generate", "True"], "given": []}.items():
+        out = tmp_path / name
+        assert main([*argv, str(out), *more, "--max-completion-length", "5"]) == 0
+        assert "texts alone" not in capsys.readouterr().err
+        vectors = load_file(out / "vectors.safetensors")["vectors"]
+        assert not vectors.allclose(alone, atol=1e-3)
+
+
 def test_encode_names_the_column_that_is_not_there(checkpoint, tmp_path, capsys):
     texts = write_rows(tmp_path / "t.jsonl", [{"body": "the cat"}, {"body": None}])
     argv = ["grace", "encode", "--model", checkpoint, "--input", texts]
@@ -246,6 +268,7 @@ def test_how_texts_are_embedded_can_be_set_and_what_differs_from_the_run_is_said
         "max_prompt_length": 60,
         "max_completion_length": 3,
         "pooling": "max",
+        "generate": True,
     }
     assert (
         "not as the run measured (system_prompt 'think about it' -> 'be brief', max_prompt_length "
