@@ -15,7 +15,7 @@ from tercet.kernels._memory import empty_huge
 from tercet.kernels._row_softmax_triton import rows_of
 
 MIN_DEAD = 1 / 32  # of a chunk: moving the other rows costs about what the dead ones would
-MOVED = 32  # of a tile: the part that moves at a time
+MOVED = 1 / 32  # of a tile: the rows that move at a time
 
 
 class Needs(NamedTuple):
@@ -44,14 +44,17 @@ class Plan(NamedTuple):
 
     @staticmethod
     def of(live: int, other: int, weight: Tensor, itemsize: int, tiles: int, mb: int) -> "Plan":
-        """Equal chunks that fit, with `tiles` tiles, into mb MiB."""
+        """Equal chunks that fit, with `tiles` tiles, into mb MiB.
+
+        Beside them lie hidden states of the chunk's rows, of its live rows, and their gradient.
+        """
         vocab, hidden = weight.shape
         most_bytes, most_rows = lt.CPU_TILE_BYTES, lt.CPU_HEIGHT
         if weight.is_cuda:
             most_bytes, most_rows = lt.CUDA_TILE_BYTES, lt.CUDA_HEIGHT
         tile_bytes = min(most_bytes, mb * lt.MEBI // (4 * tiles))
         area = tile_bytes // itemsize
-        fit = (mb * lt.MEBI - tiles * tile_bytes) // (vocab * itemsize)
+        fit = (mb * lt.MEBI - tiles * tile_bytes) // ((vocab + 3 * hidden) * itemsize)
         height = _even(live, max(1, fit))
         forward_height = _even(other, min(most_rows, area))
         return Plan(
@@ -64,16 +67,17 @@ class Plan(NamedTuple):
         )
 
     @staticmethod
-    def whole_rows(live: int, other: int, head: lt.Head, mb: int) -> "Plan":
+    def whole_rows(live: int, other: int, head: lt.Head, copies: int, mb: int) -> "Plan":
         """Chunks of whole rows of logits, whose memory is that of the other rows' tiles, too.
 
-        Beside them lie scaled hidden states, rows on their way, and a cast part of the weight.
+        Beside them lie `copies` of the chunk's hidden states, rows on their way, and a cast part
+        of the weight.
         """
         (vocab, hidden), itemsize = head.weight.shape, head.accumulator.itemsize
         tile_bytes = min(lt.CPU_TILE_BYTES, mb * lt.MEBI // 4)
         area = tile_bytes // itemsize
-        beside = lt.CPU_TILE_BYTES // MOVED + head.casts() * tile_bytes
-        fit = (mb * lt.MEBI - beside) // ((vocab + hidden) * itemsize)
+        beside = int(lt.CPU_TILE_BYTES * MOVED) + head.casts() * tile_bytes
+        fit = (mb * lt.MEBI - beside) // ((vocab + copies * hidden) * itemsize)
         height = _even(other, min(lt.CPU_HEIGHT, area))
         width = lt.columns_of(vocab, area // hidden) if head.casts() else vocab
         return Plan(
@@ -147,8 +151,9 @@ def policy_pass(
         head = head._replace(hidden=head.hidden.masked_fill(~tokens.counted[:, None], 0.0))
     order = _Order.of(tokens, options)
     plain = options.cap.softcap is None and options.kind.entropy_coef == 0
-    kind = _ExponentialPass if options.impl == "cpp" and plain else _Pass
-    work = kind(head, query, tokens, options, order, hidden)
+    sweeps_once = options.impl == "cpp" and plain
+    pass_of = _ExponentialPass if sweeps_once else _Pass
+    work = pass_of(head, query, tokens, options, order, hidden)
     for rows, gradient in order.chunks(work.plan):
         work.chunk(rows, gradient)
     return work.stats[0] * unit, work.stats, *work.gradients(hidden.shape, bias), unit
@@ -177,7 +182,6 @@ class _Pass:
         self.head, self.query, self.tokens, self.options = head, query, tokens, options
         weight, wide, needs = head.weight, head.accumulator, options.needs
         self.bonus = options.kind.entropy_coef > 0
-        self.allocate(order)
         self.stats = query.scale.new_zeros(pt.NUM_STATS)
         flat = (len(head.hidden), head.hidden.shape[1]) if needs.hidden else (0,)
         self.d_hidden = torch.zeros(flat, dtype=saved_dtype(hidden), device=weight.device)
@@ -186,6 +190,7 @@ class _Pass:
         )
         self.started = False  # d_weight holds a sum
         self.d_bias = self.stats.new_zeros(len(weight) if needs.bias else 0)
+        self.allocate(order)
 
     def allocate(self, order: _Order) -> None:
         """The plan, tiles, and logits of a chunk."""
@@ -342,7 +347,7 @@ class _Packing(NamedTuple):
         return _Packing(count, holes, live[count:].nonzero().squeeze(1) + count)
 
     def pack(self, x: Tensor) -> Tensor:
-        step = max(1, lt.CPU_TILE_BYTES // MOVED // (x.shape[1] * x.itemsize))
+        step = max(1, int(lt.CPU_TILE_BYTES * MOVED) // (x.shape[1] * x.itemsize))
         for part in lt.cuts(0, len(self.holes), step):
             x[self.holes[part]] = x[self.last[part]]
         return x[: self.count]
@@ -363,7 +368,10 @@ class _ExponentialPass(_Pass):
 
     def allocate(self, order: _Order) -> None:
         head, other = self.head, order.counted - order.live
-        self.plan = Plan.whole_rows(order.live, other, head, self.options.memory_budget_mb)
+        picks, casts = order.index is not None, self.d_hidden.dtype != head.accumulator
+        copies = 1 + 2 * picks + 2 * casts  # times c; what is picked, and its gradient; that, cast
+        budget = self.options.memory_budget_mb
+        self.plan = Plan.whole_rows(order.live, other, head, copies, budget)
         kept = self.plan.height * len(head.weight) if order.live else 0
         tile = self.plan.forward_height * self.plan.forward_width if other else 0
         self.kept = empty_huge([max(kept, tile)], dtype=head.accumulator, device=head.weight.device)

@@ -98,7 +98,7 @@ class Slopes(NamedTuple):
 def _exp_clamped(x: Tensor) -> tuple[Tensor, Tensor]:
     """The exponential of x cut to +-MAX_LOG_RATIO, and its derivative."""
     y = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    return y, torch.where(x.abs() <= MAX_LOG_RATIO, y, 0.0)
+    return y, torch.where(x.abs() > MAX_LOG_RATIO, 0.0, y)  # NaN stays
 
 
 def slopes(logp: Tensor, entropy: Tensor | None, tokens: Tokens, kind: Kind) -> Slopes:
@@ -156,7 +156,7 @@ def _surrogate(
 
 def _kl(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """k1, k2, k3 of x = ref_logp - logp, and their derivatives by logp."""
-    inside = (x.abs() <= MAX_LOG_RATIO).to(x.dtype)
+    inside = (~(x.abs() > MAX_LOG_RATIO)).to(x.dtype)
     x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rise = x.expm1()
     return [-x, x.square() / 2, rise - x], [inside, -x * inside, -rise * inside]

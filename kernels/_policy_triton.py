@@ -18,9 +18,14 @@ ESTIMATORS = ("k1", "k2", "k3")
 
 
 @triton.jit
+def _clamped(x, MAX: tl.constexpr):
+    return tl.clamp(x, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _exp_clamped(x, MAX: tl.constexpr):
-    y = tl.exp(tl.minimum(tl.maximum(x, -MAX), MAX))
-    return y, tl.where(tl.abs(x) <= MAX, y, 0.0)
+    y = tl.exp(_clamped(x, MAX))
+    return y, tl.where(tl.abs(x) > MAX, 0.0, y)
 
 
 @triton.jit
@@ -96,10 +101,10 @@ def _policy_tokens(
     k1, k2, k3 = tl.zeros_like(logp), tl.zeros_like(logp), tl.zeros_like(logp)
     if ref_ptr is not None:
         wide = tl.load(ref_ptr + offs, mask=counted, other=0.0) - logp
-        x = tl.minimum(tl.maximum(wide, -MAX), MAX)
+        x = _clamped(wide, MAX)
         rise = _expm1(x)
         k1, k2, k3 = -x, 0.5 * x * x, rise - x
-        free = tl.where(tl.abs(wide) <= MAX, beta, 0.0)
+        free = tl.where(tl.abs(wide) > MAX, 0.0, beta)
         if KL == 1:
             loss += beta * k1
             slope += free

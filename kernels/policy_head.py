@@ -11,7 +11,8 @@ advantage 0 - leave before the two.
 
 A chunk holds as many rows of logits as the memory budget allows.  Its vocabulary is swept twice
 in tiles: for the sums of the rows, then for the gradient, which exists one tile at a time.  On a
-CPU one sweep turns the logits into exponentials, of which the gradient is a multiple per row.
+CPU, without softcap and entropy bonus, one sweep turns whole rows into exponentials, of which the
+gradient is a multiple per row.
 Related: arXiv:2410.10989 (gradient of the cross-entropy in the forward).
 """
 

@@ -486,6 +486,22 @@ def test_target_outside_the_vocabulary(impl, bad, device):
     assert call(inputs, targets, given, impl=impl).loss.isnan()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of Triton's interpreter
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("loss_type", SETTINGS)
+def test_a_row_of_nan_that_counts_makes_its_gradient_nan(impl, loss_type, bad, device):
+    inputs, targets, given = problem(12, 130, device=device, sft=loss_type == "sft")
+    inputs[0][4] = bad
+    targets[4] = 3
+    config = config_of(loss_type, aggregation="token_mean")
+    loss, _ = call(leaves := leaves_of(inputs), targets, given, config=config, impl=impl)
+    dx, *others = slopes(loss, leaves)
+    assert loss.isnan()
+    assert dx[4].isnan().all()
+    assert dx[torch.arange(12) != 4].isfinite().all()
+    assert all(grad.isnan().any() for grad in others)
+
+
 def test_strided_hidden_and_int32_targets(impl, device, small_tiles):
     inputs, targets, given = problem((3, 20), 200, device=device)
     expected = call(inputs, targets, given, impl=impl)
@@ -577,14 +593,19 @@ def test_backward_in_a_bare_thread(impl, device):
         ((64, 8192, 256), torch.float32, (0, 1), 2),  # and here a gradient 8 MiB
         ((64, 8192, 256), torch.bfloat16, (0,), 1),  # or a cast of the weight
         ((232, 8192, 256), torch.bfloat16, (0,), 4),  # of which a part is cast at a time
+        ((2048, 256, 1024), torch.float32, (0, 1), 8),  # and copies of hidden states most
     ],
     ids=str,
 )
 @pytest.mark.parametrize("bonus", [0.0, 0.1])
-def test_workspace_stays_within_the_budget(impl, shape, dtype, wanted, budget_mb, bonus, device):
+@pytest.mark.parametrize("dead", [False, True])
+def test_workspace_stays_within_the_budget(
+    impl, shape, dtype, wanted, budget_mb, bonus, dead, device
+):
     if device.type != "cpu" or impl == "triton":
         pytest.skip("the CUDA allocator is asked in the bench")
     inputs, targets, given = problem(*shape, device=device, dtype=dtype)
+    given["advantage"][::2] *= not dead
     leaves = [x.requires_grad_(i in wanted) for i, x in enumerate(inputs[:2])]
     config = config_of("dapo", entropy_coef=bonus)
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -238,6 +238,15 @@ def test_a_ratio_beyond_the_cut_has_no_gradient(impl, device):
     torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, math.e], device=device))
 
 
+def test_nan_of_a_token_stays_with_it(impl, device):
+    logp = torch.tensor([torch.nan, -1.0], device=device, requires_grad=True)
+    old = torch.tensor([-1.0, -1.1], device=device)
+    out = policy_loss(logp, old, torch.ones(2, device=device), impl=impl)
+    (gradient,) = torch.autograd.grad(out.loss, logp)
+    assert out.loss.isnan()
+    assert gradient.isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_padded_packed_and_split_calls_agree(impl, aggregation, device):
     """Three sequences, one of them masked as a whole, padded, packed and in two calls."""
