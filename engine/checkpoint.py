@@ -9,7 +9,6 @@ a kill or a full disk at any moment leaves the checkpoint before it as it was.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -24,13 +23,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tercet.engine.files import checkpoints, replace_text, sha256
+from tercet.engine.files import checkpoints, read_object, removed_on_failure, replace_text, sha256
 from tercet.engine.model import Policy
 
 MANIFEST, STATE, OPTIMIZER, RNG = "manifest.json", "trainer_state.json", "optimizer.pt", "rng.pt"
 RUN = "tercet.json"
 OURS = re.compile(r"\.?checkpoint-\d+\.tercet\.(tmp(-\w+)?|old)")  # folders a kill leaves behind
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Checkpoint(NamedTuple):
@@ -68,7 +66,14 @@ def save_checkpoint(
     """
     final = folder / f"checkpoint-{step}"
     temporary = folder / f"checkpoint-{step}.tercet.tmp"
-    with _removed_on_failure(temporary, folder):
+    with removed_on_failure(
+        temporary,
+        folder,
+        function="save_checkpoint",
+        content="the checkpoint",
+        remedy="the checkpoints before it are untouched; free some space or set save_total_limit, "
+        "then resume",
+    ):
         _sweep(folder)
         temporary.mkdir(parents=True)
         policy.save(temporary)
@@ -138,18 +143,7 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / RUN
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"read_run: {path} must be a JSON object, got {error}; copy the checkpoint again"
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"read_run: {path} must be a JSON object, got {type(found).__name__}; "
-            "copy the checkpoint again"
-        )
-    return found
+    return read_object(path, "read_run", "copy the checkpoint again")
 
 
 def find_fault(checkpoint: Path) -> str | None:
@@ -306,33 +300,3 @@ def _move(source: Path, target: Path) -> None:
         target.rename(aside)
     source.rename(target)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _removed_on_failure(temporary: Path, folder: Path) -> Iterator[None]:
-    """Leaves no half-written folder behind, and gives a full disk's error a name."""
-    try:
-        yield
-    except BaseException as error:
-        full = _disk_is_full(error)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not full:
-            raise
-        free = shutil.disk_usage(folder).free / 1e6
-        raise OSError(
-            errno.ENOSPC,
-            f"save_checkpoint: the disk of {folder} must hold the checkpoint, but it is full "
-            f"({free:.0f} MB free without it); the checkpoints before it are untouched; "
-            "free some space or set save_total_limit, then resume",
-        ) from error
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Python, torch and safetensors each report it in their own way."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return True
-        if re.search(r"No space left|File too large|os error (28|27|122)\b", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -16,14 +16,19 @@ class Command(NamedTuple):
 
     target: str
     summary: str
+    resumes: bool = False  # whether the same command goes on from where it was stopped
 
 
 COMMANDS = {
     "demo grace": Command(
-        "tercet.engine.demo.grace:main", "train GRACE on a small world and show what it learnt"
+        "tercet.engine.demo.grace:main",
+        "train GRACE on a small world and show what it learnt",
+        resumes=True,
     ),
     "grace train": Command(
-        "tercet.engine.grace.training:main", "reward rationales contrastively and train on them"
+        "tercet.engine.grace.training:main",
+        "reward rationales contrastively and train on them",
+        resumes=True,
     ),
     "grace encode": Command(
         "tercet.engine.grace.commands:encode", "texts in, vectors and rationales out"
@@ -33,7 +38,9 @@ COMMANDS = {
         "retrieval, STS, anisotropy, kept generation ability",
     ),
     "grace experiment": Command(
-        "tercet.engine.grace.experiment:main", "all rows of the real-text table from one file"
+        "tercet.engine.grace.experiment:main",
+        "all rows of the real-text table from one file",
+        resumes=True,
     ),
     "bench": Command(
         "tercet.engine.bench:main", "every kernel beside its peers: time, memory, error"
@@ -108,14 +115,14 @@ def _dispatch(argv: list[str] | None) -> int:
         )
         return 2
     name, rest = found
-    return _run(COMMANDS[name].target, rest, f"tercet {name}")
+    return _run(COMMANDS[name], rest, f"tercet {name}")
 
 
-def _run(target: str, argv: list[str], prog: str) -> int:
+def _run(command: Command, argv: list[str], prog: str) -> int:
     """Calls a command and turns the errors that a user can mend into one line each."""
     from tercet.engine.config import ConfigError
 
-    module, _, function = target.partition(":")
+    module, _, function = command.target.partition(":")
     try:
         return getattr(importlib.import_module(module), function)(argv, prog)
     except BrokenPipeError:
@@ -125,12 +132,24 @@ def _run(target: str, argv: list[str], prog: str) -> int:
         sys.stderr.write(f"{prog}: {_unprefixed(str(error), prog)}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt as stop:
-        told = str(stop) or "the same command goes on from the last checkpoint, if there is one"
-        sys.stderr.write(f"\n{prog}: stopped; {told}\n")
+        told = str(stop)
+        if command.resumes and not told:
+            told = "the same command goes on from the last checkpoint, if there is one"
+        sys.stderr.write(f"\n{prog}: stopped{'; ' if told else ''}{told}\n")
         return 130
 
 
 def _unprefixed(message: str, prog: str) -> str:
-    """A message without the names of command and function before it; a file's name stays."""
+    """A message without the names of command and function before it; any other word stays."""
     message = message.removeprefix(f"{prog}: ")
-    return re.sub(r"^([a-z_]\w*|[A-Z]\w*(\.[a-z_]+)?): ", "", message)
+    found = re.match(r"(\[Errno \d+\] )?(\w+)(\.\w+)?: ", message)
+    return message[found.end() :] if found and _is_ours(found[2]) else message
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a command, or a function or class of a module that is loaded, has this name."""
+    if any(command.split()[-1] == name for command in COMMANDS):
+        return True
+    modules = [module for key, module in sys.modules.items() if key.startswith("tercet.")]
+    found = [getattr(module, name, None) for module in modules]
+    return any(str(getattr(thing, "__module__", "")).startswith("tercet.") for thing in found)

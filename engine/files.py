@@ -9,9 +9,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -79,6 +83,72 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def read_object(path: Path, function: str, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        path: of the file.
+        function: whose errors these are.
+        remedy: what to do with a file that holds none.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{function}: {path} must be a JSON object, got {error}; {remedy}"
+        ) from error
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{function}: {path} must be a JSON object, got {kind}; {remedy}")
+    return found
+
+
+@contextmanager
+def removed_on_failure(
+    temporary: Path, folder: Path, *, function: str, content: str, remedy: str
+) -> Iterator[None]:
+    """Leaves no half-written folder behind, and gives a full disk's error a name.
+
+    Args:
+        temporary: what is removed.
+        folder: one that is there; its disk is the one that is written to.
+        function: whose error it is.
+        content: what is written.
+        remedy: what to do about a full disk.
+
+    Raises:
+        OSError: the disk is full (ENOSPC); names the folder and the free space.
+    """
+    try:
+        yield
+    except BaseException as error:
+        full = _disk_is_full(error)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not full:
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(
+            errno.ENOSPC,
+            f"{function}: the disk of {folder} must hold {content}, but it is full "
+            f"({free:.0f} MB free without it); {remedy}",
+        ) from error
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Python, torch and safetensors each report it in their own way."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        if re.search(r"No space left|File too large|os error (28|27|122)\b", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def sha256(path: str | Path) -> str:

@@ -38,6 +38,8 @@ MEANINGS = {
     "eval/anisotropy": "mean cosine of two different documents; near 1 the vectors say nothing",
     "eval/distinct_share": "different rationales over rationales; near 0 they are one sentence",
     "eval/sts_spearman": "rank correlation of cosines with people's similarity scores",
+    "eval/sts_prompts_truncated": "sentences of these pairs that were cut to max_prompt_length",
+    "eval/sts_clipped_ratio": "share of their rationales cut off by the limit",
     "eval/held_out_loss": "next-token loss of the documents as plain text, nats per token",
     "eval/prompts_truncated": "held-out texts that were cut to max_prompt_length",
     "eval/mean_length": "tokens of a held-out rationale, mean",

@@ -198,7 +198,7 @@ def run_demo(config: GraceDemoConfig, *, console: Console | None = None) -> Demo
 
     Raises:
         FileExistsError: output_dir holds a demo with other settings.
-        ValueError: or the results of an older version.
+        ValueError: or the results of an older version, or half of them.
         RuntimeError: the base model does not reach its accuracy; see `pretrain`.
     """
     console = Console(highlight=False) if console is None else console

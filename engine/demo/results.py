@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tercet.engine.files import read_object
+
+REMEDY = "delete it, and the same command measures the models anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +56,9 @@ def read_results(path: Path) -> DemoResults:
     """The results.json of a finished demo.
 
     Raises:
-        ValueError: its keys are those of another version.
+        ValueError: it is no JSON object, or its keys are those of another version.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_object(path, "read_results", REMEDY)
     try:
         data["readings"] = [Reading(**row) for row in data["readings"]]
         data["samples"] = [Sample(**row) for row in data["samples"]]
@@ -63,5 +66,5 @@ def read_results(path: Path) -> DemoResults:
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"read_results: {path} must be of this version of the demo, got one of an older "
-            "version; delete it, and the same command measures the models anew"
+            f"version; {REMEDY}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from tercet.engine.command_line import load_config
 from tercet.engine.data import check_text, read_rows
-from tercet.engine.files import follow_umask, replace_text
+from tercet.engine.files import follow_umask, removed_on_failure, replace_text
 from tercet.engine.glossary import MEANINGS, general
 from tercet.engine.grace.held_out import EvalData, HeldOut, held_out
 from tercet.engine.records import Pooling
 
 if TYPE_CHECKING:
     from tercet.engine.grace.config import GraceConfig
-    from tercet.engine.grace.encoder import GraceEncoder
+    from tercet.engine.grace.encoder import Encoded, GraceEncoder
     from tercet.engine.grace.readout import Corpus
 
 # how a text becomes a vector: options here, and fields of EncoderSettings
@@ -55,18 +56,16 @@ def encode(argv: Sequence[str], prog: str) -> int:
     Raises:
         ConfigError: as `load_config`.
         FileExistsError: output_dir is there already.
-        FileNotFoundError, OSError: no such input or model, or one that cannot be read.
+        FileNotFoundError, OSError: no such input or model, or one that cannot be read; a full disk.
         ValueError: as `read_rows`, `GraceEncoder.from_pretrained` and `GraceEncoder.encode`; a text
             that is not there or no string.
     """
     config = load_config(EncodeConfig, argv, prog=prog)
     folder = Path(config.output_dir)
-    if folder.exists():
+    if os.path.lexists(folder):  # a link to nowhere too
         raise FileExistsError(f"encode: output_dir must be new, got {folder}; name another")
     rows = read_rows(config.input)
     texts = [_text(row, config.column, rows.where(i)) for i, row in enumerate(rows)]
-
-    from safetensors.torch import save_file
 
     encoder = _encoder(config, prog)
     generate = config.generate
@@ -85,14 +84,14 @@ def encode(argv: Sequence[str], prog: str) -> int:
             warn=False,  # said below
         )
         partial = Path(scratch) / folder.name
-        partial.mkdir()
-        save_file({"vectors": encoded.vectors.cpu()}, partial / "vectors.safetensors")
-        lines = [
-            json.dumps({"text": text, "rationale": rationale}, ensure_ascii=False) + "\n"
-            for text, rationale in zip(texts, encoded.rationales, strict=True)
-        ]
-        (partial / "rationales.jsonl").write_text("".join(lines), encoding="utf-8")
-        follow_umask(partial)
+        with removed_on_failure(
+            partial,
+            folder.parent,
+            function="encode",
+            content=str(folder),
+            remedy="free some space or name another folder with --output-dir",
+        ):
+            _write(partial, texts, encoded)
         partial.rename(folder)
     sys.stdout.write(
         f"{len(texts)} texts in {folder}; {encoded.num_truncated} rationales cut off, "
@@ -100,6 +99,19 @@ def encode(argv: Sequence[str], prog: str) -> int:
         f"{rows.blank_lines} blank lines skipped\n"
     )
     return 0
+
+
+def _write(folder: Path, texts: Sequence[str], encoded: Encoded) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file({"vectors": encoded.vectors.cpu()}, folder / "vectors.safetensors")
+    lines = [
+        json.dumps({"text": text, "rationale": rationale}, ensure_ascii=False) + "\n"
+        for text, rationale in zip(texts, encoded.rationales, strict=True)
+    ]
+    (folder / "rationales.jsonl").write_text("".join(lines), encoding="utf-8")
+    follow_umask(folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,15 +143,20 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
 
     Raises:
         ConfigError: as `load_config`.
-        FileNotFoundError, OSError: no such data or model, or one that cannot be read; output
-            cannot be written.
+        FileNotFoundError, OSError: no such data or model, or one that cannot be read; output is a
+            folder or cannot be written.
         ValueError: as `held_out`, `read_rows`, `GraceEncoder.from_pretrained` and
             `GraceEncoder.encode`; fewer than two rows to measure; a score that is no finite number.
     """
     config = load_config(EvalConfig, argv, prog=prog)
-    if config.output is not None and not Path(config.output).absolute().parent.is_dir():
+    output = None if config.output is None else Path(config.output)
+    if output is not None and output.is_dir():
+        raise IsADirectoryError(
+            f"eval: output must be a file, got the folder {output}; name another"
+        )
+    if output is not None and not output.absolute().parent.is_dir():
         raise FileNotFoundError(
-            f"eval: output must be a file in a folder that exists, got {config.output}; make it"
+            f"eval: output must be a file in a folder that exists, got {output}; make it"
         )
     from tercet.engine.pretrained import find_model  # loads torch
 
@@ -175,11 +192,11 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     _show(f"{config.model}: {len(found.examples)} rows, {told}", columns)
     for line in _to_read_it(found, corpus):
         sys.stdout.write(f"{line}\n")
-    if config.output is not None:
+    if output is not None:
         facts = {"model": config.model, **rows, "settings": how | asdict(encoder.settings)}
-        before = " (in place of the file of that name)" if Path(config.output).exists() else ""
-        replace_text(Path(config.output), json.dumps(facts | columns, indent=2) + "\n")
-        sys.stdout.write(f"wrote {config.output}{before}\n")
+        before = " (in place of the file of that name)" if output.exists() else ""
+        replace_text(output, json.dumps(facts | columns, indent=2) + "\n")
+        sys.stdout.write(f"wrote {output}{before}\n")
     return 0
 
 
@@ -290,7 +307,7 @@ def _measured(
 
     found = measures(corpus, *read_out(encoder, corpus, **how))
     if sts is not None:
-        found["sts_spearman"] = _sts(encoder, sts, how)
+        found |= _sts(encoder, sts, how)
     return {f"eval/{name}": value for name, value in found.items()}
 
 
@@ -322,13 +339,21 @@ def _read_sts(path: str) -> StsPairs:
     return [str(r["sentence1"]) for r in rows], [str(r["sentence2"]) for r in rows], scores
 
 
-def _sts(encoder: GraceEncoder, pairs: StsPairs, how: dict[str, Any]) -> float:
+def _sts(encoder: GraceEncoder, pairs: StsPairs, how: dict[str, Any]) -> dict[str, float]:
+    """How cosines follow the scores, and what of both sides was cut."""
     import torch
 
     from tercet.engine.grace.evaluate import sts_spearman
 
-    first, second = (encoder.encode(texts, **how).vectors for texts in pairs[:2])
-    return sts_spearman(first, second, torch.tensor(pairs[2]))
+    first, second = (encoder.encode(texts, warn=False, **how) for texts in pairs[:2])
+    found = {
+        "sts_spearman": sts_spearman(first.vectors, second.vectors, torch.tensor(pairs[2])),
+        "sts_prompts_truncated": float(first.num_prompts_truncated + second.num_prompts_truncated),
+    }
+    if first.lengths:
+        cut = first.num_truncated + second.num_truncated
+        found["sts_clipped_ratio"] = cut / (len(first) + len(second))
+    return found
 
 
 def _number(value: object, where: str) -> float:

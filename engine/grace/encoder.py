@@ -256,21 +256,23 @@ class GraceEncoder:
             )
 
     def _check_positions(self, prompts: Sequence[Prompt], budget: int) -> None:
-        """Refuses prompts that with a rationale of `budget` tokens the model has no room for."""
+        """Refuses prompts that with a rationale of `budget` tokens, 0 for none, have no room."""
         positions = self.policy.max_length
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         if positions is None or longest + budget <= positions:
             return
+        what, written = "prompt", ""
+        if budget:
+            what, written = "prompt and rationale", f" and max_completion_length {budget}"
         remedy = f"set max_prompt_length (--max-prompt-length) below {positions}"
         if budget and longest < positions:
             room = positions - longest
             remedy = f"set max_completion_length (--max-completion-length) to at most {room}"
         frame = len(self.prompt.prefix_ids) + len(self.prompt.suffix_ids)
         raise ValueError(
-            f"encode: prompt and rationale must fit into the model's {positions} positions, got a "
-            f"prompt of {longest} tokens ({frame} of them template and system prompt) and "
-            f"max_completion_length {budget}; {remedy}, or shorten the system prompt "
-            "(--system-prompt)"
+            f"encode: {what} must fit into the model's {positions} positions, got a "
+            f"prompt of {longest} tokens ({frame} of them template and system prompt){written}; "
+            f"{remedy}, or shorten the system prompt (--system-prompt)"
         )
 
     def _write(

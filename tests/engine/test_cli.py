@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tercet.engine import doctor, files
 from tercet.engine.cli import COMMANDS, _unprefixed, main
+from tercet.engine.grace import GraceConfig
+from tercet.engine.model import Policy
 
 TERCET = str(Path(sys.executable).with_name("tercet"))
 
@@ -81,14 +84,15 @@ def test_a_missing_yaml_is_named_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("message", "shown"),
     [
-        ("tercet a b: read_yaml: x", "x"),
-        ("Policy.from_pretrained: x: y", "x: y"),
-        ("Policy.hidden: x", "x"),
-        ("GraceConfig: x", "x"),
-        ("data.jsonl: x", "data.jsonl: x"),
+        (f"tercet a b: {files.sha256.__name__}: x", "x"),
+        (f"{Policy.__name__}.from_pretrained: x: y", "x: y"),
+        (f"{GraceConfig.__name__}: x", "x"),
+        ("eval: x", "x"),  # the command, not its function
+        (str(OSError(28, "replace_text: x")), "x"),
+        *((message, message) for message in ("data.jsonl: x", "mat1: and mat2", "RuntimeError: x")),
     ],
 )
-def test_a_message_names_no_function(message, shown):
+def test_a_message_names_no_function_of_ours(message, shown):
     assert _unprefixed(message, "tercet a b") == shown
 
 
@@ -151,6 +155,22 @@ def test_an_unreachable_hub_warns_once_and_the_error_names_the_model(tmp_path):
     *warnings, last = done.stderr.splitlines()
     assert last.startswith("tercet grace encode: no-one/nothing must be a ")
     assert sum("[Retry 1/5]" in line for line in warnings) == 1
+
+
+def test_only_what_resumes_says_so_after_ctrl_c(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    resuming = {"demo grace", "grace train", "grace experiment"}
+    for name, command in COMMANDS.items():
+        monkeypatch.setitem(
+            COMMANDS, name, command._replace(target=f"{doctor.__name__}:{stop.__name__}")
+        )
+        monkeypatch.setattr(doctor, stop.__name__, stop, raising=False)
+        assert main(name.split()) == 130
+        told = "; the same command goes on from the last checkpoint, if there is one"
+        more = told if name in resuming else ""
+        assert capsys.readouterr().err == f"\ntercet {name}: stopped{more}\n"
 
 
 def test_doctor_says_what_each_op_runs():

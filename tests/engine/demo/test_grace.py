@@ -216,6 +216,14 @@ def test_results_of_an_older_version_are_told_in_words(finished, tmp_path):
         read_results(path)
 
 
+@pytest.mark.parametrize(("text", "got"), [('{"folder": "a",', "Expecting"), ("[]", "list")])
+def test_results_cut_in_half_are_named_and_can_be_deleted(tmp_path, text, got):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} must be a JSON object, got {got}.*; delete it"):
+        read_results(path)
+
+
 def test_markdown_gives_mean_and_range(finished):
     _, _, results = finished
     readings = [replace(r, topic_hit_at_1=r.topic_hit_at_1 + 0.25) for r in results.readings]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import stat
 from pathlib import Path
@@ -139,6 +140,33 @@ def test_a_failed_encode_leaves_nothing(checkpoint, tmp_path, capsys):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(checkpoint, tmp_path, capsys):
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": "the cat"}])
+    out = tmp_path / "deep" / "out"
+    argv = ["grace", "encode", "--model", checkpoint, "--input", texts, "--output-dir", str(out)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # of a file; stands in for a full disk
+    try:
+        assert main(argv) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert said.startswith(f"tercet grace encode: the disk of {out.parent} must hold {out}, but it")
+    assert said.endswith("free some space or name another folder with --output-dir\n")
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_place_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    argv = ["--model", str(tmp_path / "none")]
+    encode = ["grace", "encode", "--input", str(tmp_path / "none"), "--output-dir", str(link)]
+    assert main([*encode, *argv]) == 1
+    assert f"output_dir must be new, got {link}; name another" in capsys.readouterr().err
+    assert main(["grace", "eval", *argv, "--output", str(tmp_path)]) == 1
+    assert f"output must be a file, got the folder {tmp_path}; name" in capsys.readouterr().err
+
+
 def run_eval(tmp_path, *argv):
     """The figures of `tercet grace eval`, as its JSON file has them."""
     output = tmp_path / "figures.json"
@@ -169,8 +197,23 @@ def test_eval_measures_without_and_with_rationales(checkpoint, tmp_path, capsys)
     assert 0 < found["rationale"]["eval/mean_length"] <= 3
 
 
+def test_what_is_cut_of_sts_pairs_is_counted_and_not_logged(checkpoint, tmp_path, caplog):
+    pair = {"sentence1": "the cat " * 40, "sentence2": "a dog", "score": 1}
+    other = {"sentence1": "a cat", "sentence2": "the dog", "score": 0}
+    sts = ["--sts", write_rows(tmp_path / "s.jsonl", [pair, other])]
+    argv = ["--model", checkpoint, "--data.test-fraction", "0.5", *sts]
+    found = run_eval(tmp_path, *argv, "--max-completion-length", "1")
+    assert found["no_rationale"]["eval/sts_prompts_truncated"] == 1
+    assert "eval/sts_clipped_ratio" not in found["no_rationale"]
+    assert found["rationale"]["eval/sts_prompts_truncated"] == 1
+    assert found["rationale"]["eval/sts_clipped_ratio"] == 1
+    assert caplog.records == []
+
+
 def test_every_figure_is_shown_and_explained(checkpoint, tmp_path, capsys):
-    argv = ["--model", checkpoint, "--data.test-fraction", "0.5"]
+    pair = {"sentence1": "the cat", "sentence2": "a dog", "score": 1}
+    sts = ["--sts", write_rows(tmp_path / "s.jsonl", [pair, pair])]
+    argv = ["--model", checkpoint, "--data.test-fraction", "0.5", *sts]
     found = run_eval(tmp_path, *argv)
     shown = capsys.readouterr().out
     assert f"{checkpoint}: 3 rows, temperature 1.0, " in shown

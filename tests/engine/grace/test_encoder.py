@@ -232,9 +232,12 @@ def test_what_the_model_has_no_room_for_names_the_settings(
     encoder = GraceEncoder(policy, max_prompt_length=65, system_prompt=SYSTEM)
     room = 64 - len(encoder.prompt("bread").ids)
     assert len(encoder.encode(["bread"], max_completion_length=room)) == 1
-    with pytest.raises(ValueError, match=r"^encode: prompt and rationale must fit") as error:
+    assert len(encoder.encode(["bread"], max_completion_length=room + 1, generate=False)) == 1
+    what = "prompt and rationale" if generate else "prompt"
+    with pytest.raises(ValueError, match=rf"^encode: {what} must fit") as error:
         encoder.encode(["the", "bread " * 40], max_completion_length=9, generate=generate)
     assert "set max_prompt_length (--max-prompt-length) below 64, or shorten" in str(error.value)
+    assert ("max_completion_length" in str(error.value)) == generate
     if generate:
         with pytest.raises(
             ValueError, match=rf"the model's 64 .* got a prompt of {64 - room}"
