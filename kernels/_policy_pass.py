@@ -404,16 +404,19 @@ class _ExponentialPass(_Pass):
     ) -> None:
         needs, packing = self.options.needs, _Packing.of(slopes.logp != 0)
         c = (-slopes.logp * query.scale * (-result.stats[1]).exp())[:, None]
-        scaled = packing.pack(hidden * c)
-        e, c = packing.pack(self.logits_of(len(hidden))), packing.pack(c)
+        e = packing.pack(self.logits_of(len(hidden)))
+        if needs.weight:
+            self.add_weight(e, packing.pack(hidden * c))
+        c = packing.pack(c)
         if needs.hidden:
             self.add_hidden(rows, e, c, packing)
-        if needs.weight:
-            for columns in lt.cuts(0, len(self.head.weight), self.plan.width):
-                lt.product(e[:, columns].t(), scaled, out=self.d_weight[columns], add=self.started)
-            self.started = True
         if needs.bias:
             self.d_bias.addmv_(e.t(), c.squeeze(1))
+
+    def add_weight(self, e: Tensor, scaled: Tensor) -> None:
+        for columns in lt.cuts(0, len(self.head.weight), self.plan.width):
+            lt.product(e[:, columns].t(), scaled, out=self.d_weight[columns], add=self.started)
+        self.started = True
 
     def add_hidden(self, rows: slice | Tensor, e: Tensor, c: Tensor, packing: _Packing) -> None:
         direct = isinstance(rows, slice) and self.d_hidden.dtype == e.dtype
