@@ -68,11 +68,9 @@ def encode(argv: Sequence[str], prog: str) -> int:
     texts = [_text(row, config.column, rows.where(i)) for i, row in enumerate(rows)]
 
     encoder = _encoder(config, prog)
-    generate = config.generate
-    if generate is None:
-        generate = encoder.generate or config.max_completion_length is not None
-        if not generate:
-            sys.stderr.write(f"{prog}: {NO_RATIONALES} embedded; --generate True adds rationales\n")
+    generate = _writes(encoder, config) if config.generate is None else config.generate
+    if config.generate is None and not generate:
+        sys.stderr.write(f"{prog}: {NO_RATIONALES} embedded; --generate True adds rationales\n")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         encoded = encoder.encode(
@@ -174,17 +172,17 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
 
     how = {"temperature": 1.0, "seed": 0} if found.run is None else sampling_of(found.run)
     how |= _given(config, ("temperature", "seed"))
-    sys.stderr.writelines(
-        f"{prog}: {note}\n" for note in [*found.notes, *_notes(found, how, config)]
-    )
     encoder = _encoder(config, prog, found.run)
+    writes = _writes(encoder, config)
+    notes = [*found.notes, *_notes(found, how, config, writes)]
+    sys.stderr.writelines(f"{prog}: {note}\n" for note in notes)
     how["max_completion_length"] = encoder.max_completion_length
     corpus = corpus_of(found.examples)
     with _precision(encoder, found.run):
         columns = {
             name: _measured(encoder, corpus, sts, {**how, "generate": generate})
             for name, generate in (("no_rationale", False), ("rationale", True))
-            if not generate or _writes(found, config)
+            if writes or not generate
         }
     columns["no_rationale"]["eval/held_out_loss"] = held_out_loss(encoder.policy, corpus.documents)
     rows = {"rows": len(found.examples), "rows_trained_on": found.num_trained_on}
@@ -205,12 +203,12 @@ def _given(config: EncodeConfig | EvalConfig, names: Sequence[str]) -> dict[str,
     return {name: v for name in names if (v := getattr(config, name)) is not None}
 
 
-def _writes(found: HeldOut, config: EvalConfig) -> bool:
-    """Whether rationales are measured too: not of a baseline, unless it is given a budget."""
-    return not found.is_baseline or config.max_completion_length is not None
+def _writes(encoder: GraceEncoder, config: EncodeConfig | EvalConfig) -> bool:
+    """Whether rationales are written: not by a baseline, unless it is given a budget."""
+    return encoder.generate or config.max_completion_length is not None
 
 
-def _notes(found: HeldOut, how: dict[str, Any], config: EvalConfig) -> list[str]:
+def _notes(found: HeldOut, how: dict[str, Any], config: EvalConfig, writes: bool) -> list[str]:
     """What a reader of the figures should know."""
     from tercet.engine.grace.readout import sampling_of
 
@@ -225,7 +223,7 @@ def _notes(found: HeldOut, how: dict[str, Any], config: EvalConfig) -> list[str]
         now = before | how | _given(config, EMBEDDING)
     changed = [f"{k} {v!r} -> {now[k]!r}" for k, v in before.items() if now[k] != v]
     notes = [f"not as the run measured ({', '.join(changed)})"] if changed else []
-    if not _writes(found, config):
+    if not writes:
         notes.append(
             f"{NO_RATIONALES} measured; "
             "--max-completion-length N adds rationales of at most N tokens"

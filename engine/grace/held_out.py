@@ -46,7 +46,6 @@ class HeldOut:
     examples: list[Example]
     num_trained_on: int | None  # of the examples; None: nobody knows
     run: GraceConfig | None  # settings of the run that wrote the checkpoint, if GRACE did
-    is_baseline: bool  # a run without rationales wrote it
     notes: list[str]  # one sentence each
     source: str  # where the examples come from, a phrase
 
@@ -90,7 +89,6 @@ def held_out(model: str, given: EvalData) -> HeldOut:
         examples=examples,
         num_trained_on=num_trained_on,
         run=run,
-        is_baseline=run is None and trained_on is not None,
         notes=notes,
         source=source,
     )
