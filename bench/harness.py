@@ -153,6 +153,23 @@ def as_test(cases: Mapping[str, Callable[[], Case]]) -> Callable[..., None]:
     return test
 
 
+def without(case: Case, skip: Iterable[str]) -> Case:
+    """The case without some of its peers, which are listed as not run."""
+    skipped = {name: "left out by --skip" for name in skip if name in case.sides}
+    if "ours" in skipped:
+        raise ValueError("harness: ours is what the others are compared with; leave it in")
+
+    def kept(sides: Mapping[str, Side]) -> dict[str, Side]:
+        return {name: side for name, side in sides.items() if name not in skipped}
+
+    left = case.roster._replace(
+        not_run=case.roster.not_run | skipped,
+        compiled=tuple(name for name in case.roster.compiled if name not in skipped),
+    )
+    probes = None if case.probes is None else kept(case.probes)
+    return replace(case, sides=kept(case.sides), probes=probes, roster=left)
+
+
 def busy() -> str:
     """A warning where more wants to run on the CPU than it has cores, else an empty text."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -174,6 +191,10 @@ def main(cases: Mapping[str, Callable[[], Case]]) -> None:
     parser.add_argument(
         "--out", type=Path, help="JSON lines file (default: bench/results/OP.jsonl)"
     )
+    parser.add_argument("--rounds", type=int, help="fewer or more than a case's own")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], metavar="SIDE", help='peers to leave out, "torch.compile"'
+    )
     parser.add_argument("--list", action="store_true", help="name the cases and run nothing")
     args = parser.parse_args()
     if args.list:
@@ -183,7 +204,8 @@ def main(cases: Mapping[str, Callable[[], Case]]) -> None:
         print(warning)
     ran, absent, names, start = [], [], args.case or list(cases), time.perf_counter()
     for name in names:
-        case = cases[name]()
+        case = without(cases[name](), args.skip)
+        case = replace(case, rounds=args.rounds or case.rounds)
         absent += case.roster.absent
         ran.append(run(case, out=args.out)["ours"])
         print(progress(len(ran), len(names), time.perf_counter() - start))

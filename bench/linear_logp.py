@@ -9,6 +9,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from harness import Peer
+from peers import verl_linear_cross_entropy
 from torch import Tensor, nn
 
 from tercet.kernels import linear_logp
@@ -78,6 +79,10 @@ def cce(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool, **option
     return -linear_cross_entropy(hidden, weight, targets, reduction="none", **options), None
 
 
+def verl(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Pair:
+    return verl_linear_cross_entropy()(hidden, weight, targets)  # both, always
+
+
 OLD_TORCH = "" if hasattr(F, "linear_cross_entropy") else "needs torch 2.13"
 WITH_ENTROPY = {
     "ours": Peer(ours),
@@ -86,6 +91,7 @@ WITH_ENTROPY = {
     "trl selective_log_softmax": Peer(trl_full, "trl"),
     "trl chunked": Peer(trl_chunked, "trl"),
     "liger scaled": Peer(liger_scaled, "liger-kernel"),
+    "verl": Peer(verl, "verl", cuda=True),
 }
 WITHOUT = {
     **WITH_ENTROPY,

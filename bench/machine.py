@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -36,7 +37,11 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _output(*command: str) -> str:
+def _git(*arguments: str) -> str:
+    """What git prints here; nothing outside a repository, or where there is no git."""
+    if shutil.which("git") is None:
+        return ""
+    command = ("git", *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     return done.stdout.strip()
 
@@ -51,7 +56,8 @@ def environment(packages: tuple[str, ...] = ()) -> dict[str, Any]:
     if DEVICE.type == "cuda":
         machine = torch.cuda.get_device_name()
     paths = (":(top)", *(f":(top,exclude){path}" for path in GENERATED))
-    dirty = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *paths)
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *paths)
     versions = {package: installed(package) for package in (*PACKAGES, *packages)}
     return {
         "machine": machine,
@@ -59,7 +65,7 @@ def environment(packages: tuple[str, ...] = ()) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version for package, version in versions.items() if version},
         "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": _output("git", "rev-parse", "--short", "HEAD") + ("+changes" if dirty else ""),
+        "commit": commit + ("+changes" if dirty else ""),
     }
 
 

@@ -7,11 +7,14 @@ with the reason.  Versions: constraints.txt.
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import re
 import shutil
+import sys
 import tempfile
 import tomllib
+import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -115,6 +118,20 @@ def roster(peers: Mapping[str, Peer]) -> Roster:
             )
         ),
     )
+
+
+@cache
+def verl_linear_cross_entropy() -> Callable[..., Any]:
+    """verl's fused head, without importing the trainer around it and what that needs."""
+    spec = importlib.util.find_spec("verl")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = spec.submodule_search_locations[0]
+    for name, path in (("verl", folder), ("verl.utils", f"{folder}/utils")):
+        package = types.ModuleType(name)
+        package.__path__ = [path]
+        sys.modules[name] = package
+    return importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
 
 
 def remedy(absent: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""policy_head against its bare products, full logits, TRL, Liger, and linear_logp.
+"""policy_head against its bare products, full logits, TRL, Liger, verl, and linear_logp.
 
 Every side gives the clipped loss and the gradients of hidden and head; "with metrics" adds the
 entropy of each row, which ours always has.  Bare products write to logits that exist already.
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from harness import Peer
 from linear_logp import OLD_TORCH, make_head
+from peers import verl_linear_cross_entropy
 from torch import Tensor, nn
 
 from tercet.kernels import PolicyLossConfig, linear_logp, policy_head, policy_loss
@@ -102,6 +103,10 @@ def liger_triton(hidden: Tensor, weight: Tensor, given: Given) -> Tensor:
     return triton_grpo_loss(logits, old, None, targets, advantage[:, 0], **options)[0].mean()
 
 
+def verl(hidden: Tensor, weight: Tensor, given: Given) -> Tensor:
+    return clipped(verl_linear_cross_entropy()(hidden, weight, given[0])[0], given)
+
+
 def sft_ours(hidden: Tensor, weight: Tensor, given: Given) -> Tensor:
     return policy_head(hidden, weight, given[0], None, None, config=SFT, num_items=len(hidden)).loss
 
@@ -143,6 +148,7 @@ PEERS = {
     "trl with metrics": Peer(partial(trl, metrics=True), "trl"),
     "liger GRPO": Peer(liger_grpo, "liger-kernel"),
     "liger GRPO from logits": Peer(liger_triton, "liger-kernel", cuda=True),
+    "verl": Peer(verl, "verl", cuda=True),
 }
 SFT_PEERS = {
     "ours": Peer(sft_ours),
