@@ -9,13 +9,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from tercet.kernels._memory import empty_huge
 from tercet.kernels._policy_config import KlEstimator, LossType, PolicyLossConfig
 from tercet.kernels.reference import MAX_LOG_RATIO, PolicyMetrics
 
 NUM_SUMS = 12  # loss, low, high, dual, k1, k2, k3, ratio, entropy, sampler ratio, tokens, live
 NUM_STATS = NUM_SUMS + 2  # and two maxima: ratio, sampler ratio
-CAST_ELEMENTS = 2**16  # a product of two dtypes has a temporary on a CPU
 
 
 class Kind(NamedTuple):
@@ -193,21 +191,3 @@ def metrics_of(stats: Tensor) -> PolicyMetrics:
         num_tokens=stats[10],
         num_live=stats[11],
     )
-
-
-@torch.library.custom_op("tercet::scaled", mutates_args=())
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """Upstream scalar * gradient, in dtype; no second derivative is registered, so it raises."""
-    out = empty_huge(gradient.shape, dtype=dtype, device=gradient.device)
-    factor = upstream.reshape(1)  # of one axis: then the product is as wide as the wider
-    casts = gradient.dtype != factor.dtype and gradient.device.type == "cpu"
-    step = CAST_ELEMENTS if casts else max(1, gradient.numel())
-    pairs = zip(gradient.view(-1).split(step), out.view(-1).split(step), strict=True)
-    for part, result in pairs:
-        torch.mul(part, factor, out=result)
-    return out
-
-
-@scaled.register_fake
-def _(gradient, upstream, dtype):
-    return gradient.new_empty(gradient.shape, dtype=dtype)

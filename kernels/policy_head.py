@@ -28,6 +28,7 @@ from tercet.kernels import _row_softmax as rs
 from tercet.kernels._checks import Impl, RowImpl, choose_rows
 from tercet.kernels._policy_checks import check_tokens, token_weights
 from tercet.kernels._policy_config import PolicyLossConfig
+from tercet.kernels._scaled import scaled
 from tercet.kernels._typing import Bool, Float, Int
 from tercet.kernels.linear_logp import check_budget, check_head
 from tercet.kernels.reference import DEFAULT_POLICY_LOSS, PolicyLoss, accumulator_dtype
@@ -102,7 +103,7 @@ def _backward(ctx, upstream, *_):
     scale = upstream * unit
     for i, (grad, dtype) in enumerate(zip(grads, ctx.dtypes, strict=True)):
         if ctx.needs_input_grad[i]:
-            out[i] = pt.scaled(grad, scale, dtype)
+            out[i] = scaled(grad, scale, dtype)
     return tuple(out)
 
 

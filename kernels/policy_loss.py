@@ -14,6 +14,7 @@ from tercet.kernels import _policy_triton as fused
 from tercet.kernels._checks import Impl, check_float, use_triton
 from tercet.kernels._policy_checks import check_tokens, token_weights
 from tercet.kernels._policy_config import PolicyLossConfig
+from tercet.kernels._scaled import scaled
 from tercet.kernels._typing import Bool, Float, Int
 from tercet.kernels.reference import DEFAULT_POLICY_LOSS, PolicyLoss, accumulator_dtype
 
@@ -74,9 +75,9 @@ def _backward(ctx, upstream, *_):
         return tuple(grads)
     d_logp, d_entropy = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
-        grads[0] = pt.scaled(d_logp, upstream, ctx.dtypes[0])
+        grads[0] = scaled(d_logp, upstream, ctx.dtypes[0])
     if ctx.needs_input_grad[1] and ctx.bonus:
-        grads[1] = pt.scaled(d_entropy, upstream, ctx.dtypes[1])
+        grads[1] = scaled(d_entropy, upstream, ctx.dtypes[1])
     return tuple(grads)
 
 

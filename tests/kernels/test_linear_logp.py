@@ -56,13 +56,13 @@ def both(hidden, weight, bias=None, *, targets, op=linear_logp_ref, **options):
     return torch.cat([out.logp.flatten(), out.entropy.flatten()])
 
 
-def judge_both(judge, impl, inputs, targets, *, budget=8, dy=None, **options):
+def judge_both(judge, impl, inputs, targets, *, budget=8, dy=None, slack=4e-6, **options):
     op = partial(linear_logp, impl=impl, memory_budget_mb=budget)
     if dy is None:
         count = targets.numel() + inputs[0].shape[:-1].numel()
         dy = torch.randn(count, device=targets.device)
     ours = partial(both, targets=targets, op=op, **options)
-    judge(ours, partial(both, targets=targets, **options), inputs, dy, slack=4e-6)
+    judge(ours, partial(both, targets=targets, **options), inputs, dy, slack=slack)
 
 
 KEPT = {8: "none kept", 30: "some kept", 4096: "all kept"}  # KiB
@@ -108,7 +108,7 @@ def test_blocks_of_live_rows(impl, device):
 def test_dtypes(impl, dtype, device, judge, small_tiles):
     impl = "torch" if dtype == torch.float64 and impl == "triton" else impl
     inputs, targets = problem(20, 300, device=device, dtype=dtype)
-    judge_both(judge, impl, inputs, targets, budget=40)
+    judge_both(judge, impl, inputs, targets, budget=40, slack=4e-6 if dtype.itemsize > 2 else 1e-4)
     out = linear_logp(*inputs[:2], targets, impl=impl)
     assert out.logp.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
@@ -183,7 +183,7 @@ def test_running_max_that_grows_in_every_tile(impl, device, judge, small_tiles):
     weight = torch.linspace(-50, 50, 700, device=device)[:, None]
     hidden = torch.tensor([[1.0], [-1.0]], device=device)
     targets = torch.tensor([650, 130], device=device)
-    judge_both(judge, impl, [hidden, weight], targets, budget=8)
+    judge_both(judge, impl, [hidden, weight], targets, budget=8, slack=1e-5)  # of up to 50
 
 
 @pytest.mark.parametrize("budget", [8, 4096], ids=KEPT.get)

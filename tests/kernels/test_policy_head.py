@@ -766,6 +766,7 @@ def _call(impl, hidden=(2, 3), weight=(6, 3), targets=(2,), advantage=(2,), bias
         ({"num_items": -1}, ValueError, "num_items must be > 0 and finite, got -1"),
     ],
 )
+@pytest.mark.usefixtures("on_cpu")
 def test_rejects(impl, options, error, match):
     with pytest.raises(error, match=f"policy_head: .*{match}"):
         _call(impl, **options)

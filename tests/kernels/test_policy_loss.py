@@ -77,6 +77,7 @@ def row(impl, ratio, advantage, **config):
 
 @pytest.mark.parametrize("loss_type", ["ppo", "dapo"])
 @pytest.mark.parametrize("name", TABLE)
+@pytest.mark.usefixtures("on_device")
 def test_truth_table(impl, name, loss_type):
     ratio, advantage, loss, gradient, cut = TABLE[name]
     got, slope, metrics = row(impl, ratio, advantage, loss_type=loss_type, **CLIPPED)
@@ -89,11 +90,13 @@ def test_truth_table(impl, name, loss_type):
     assert metrics.kl_k3.item() == 0.0
 
 
+@pytest.mark.usefixtures("on_device")
 def test_epsilon_high_defaults_to_epsilon(impl):
     assert row(impl, 1.25, 1.0, epsilon=0.2)[0] == pytest.approx(-1.2)
     assert row(impl, 1.25, 1.0, epsilon=0.2, epsilon_high=0.3)[0] == pytest.approx(-1.25)
 
 
+@pytest.mark.usefixtures("on_device")
 def test_without_delta_a_bad_token_is_not_bounded(impl):
     loss, slope, metrics = row(impl, 50.0, -2.0, epsilon=0.2)
     assert loss == pytest.approx(100.0, rel=1e-5)
@@ -101,6 +104,7 @@ def test_without_delta_a_bad_token_is_not_bounded(impl):
     assert metrics.clip_ratio_dual.item() == 0
 
 
+@pytest.mark.usefixtures("on_device")
 def test_cispo_cuts_the_weight_and_keeps_the_gradient(impl):
     config = {"loss_type": "cispo", "epsilon_high": 2.0}
     loss, slope, metrics = row(impl, 4.0, 1.5, **config)
@@ -111,6 +115,7 @@ def test_cispo_cuts_the_weight_and_keeps_the_gradient(impl):
     assert metrics.clip_ratio_high.item() == 0
 
 
+@pytest.mark.usefixtures("on_device")
 def test_sapo_by_hand(impl):
     """On-policy the gate is 1/2 and the slope that of REINFORCE; far away it closes."""
     config = {"loss_type": "sapo", "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 2.0}
@@ -130,6 +135,7 @@ def test_sapo_by_hand(impl):
         ("k3", (2 - math.log(2) - 1, 0.5 + math.log(2) - 1, 0.0), (1 - 2.0, 1 - 0.5, 0.0)),
     ],
 )
+@pytest.mark.usefixtures("on_device")
 def test_kl_by_hand(impl, estimator, values, gradient):
     """Reference twice as likely, half as likely, equal."""
     logp = torch.full((3,), LOGP, requires_grad=True)
@@ -146,6 +152,7 @@ def test_kl_by_hand(impl, estimator, values, gradient):
         assert slope == pytest.approx(0.5 * gradient[i], abs=1e-6)
 
 
+@pytest.mark.usefixtures("on_device")
 def test_sampler_weight_is_capped_and_spares_the_kl(impl):
     logp = torch.tensor([LOGP, LOGP], requires_grad=True)
     sampler = LOGP - torch.tensor([1.5, 8.0]).log()
@@ -445,23 +452,27 @@ def _call(impl, n=3, dtype=torch.float32, config=None, **options):
         ({"impl": "cuda"}, ValueError, "impl must be 'auto', 'triton' or 'torch', got 'cuda'"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("on_cpu")
 def test_rejects(impl, options, error, match):
     with pytest.raises(error, match=f"policy_loss: .*{match}"):
         _call(**{"impl": impl} | options)
 
 
 @pytest.mark.parametrize("bounds", [[0, 2], [1, 3], [0, 2, 1, 3], [0, 4]], ids=str)
+@pytest.mark.usefixtures("on_cpu")
 def test_rejects_boundaries(impl, bounds):
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to n = 3"):
         _call(impl, config={"loss_type": "grpo"}, cu_seqlens=torch.tensor(bounds))
 
 
 @pytest.mark.parametrize(("n", "bounds"), [((1, 3), [0, 3]), (3, [[0, 3]])], ids=str)
+@pytest.mark.usefixtures("on_cpu")
 def test_rejects_boundaries_of_padded_tokens(impl, n, bounds):
     with pytest.raises(ValueError, match=r"cu_seqlens must be \[sequences \+ 1\] over packed"):
         _call(impl, n=n, config={"loss_type": "grpo"}, cu_seqlens=torch.tensor(bounds))
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_rejects_ids_out_of_range(impl):
     with pytest.raises(ValueError, match=r"sequence_ids must be in \[0, 3\), got 3"):
         _call(impl, config={"loss_type": "grpo"}, sequence_ids=torch.tensor([0, 3, 3]))

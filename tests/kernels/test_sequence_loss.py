@@ -188,6 +188,7 @@ def _dpo(impl, ref=5, cu=(0, 2, 5), **options):
         (partial(_dpo, beta=0.0), ValueError, "dpo_loss: beta must be > 0 and finite, got 0.0"),
     ],
 )
+@pytest.mark.usefixtures("on_cpu")
 def test_rejects(impl, call, error, match):
     with pytest.raises(error, match=match):
         call(impl)

@@ -199,7 +199,7 @@ def test_compiles_without_graph_break(impl, dynamic, device):
         torch.testing.assert_close(compiled(*inputs), stats(*inputs))
 
 
-X = torch.ones(3, 4)
+X = torch.ones(3, 4, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(

@@ -251,15 +251,16 @@ def _layouts(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_strides_give_the_same_bits(impl, dtype, device, fwd_bwd):
+def test_any_strides_give_the_same_result(impl, dtype, device, fwd_bwd):
     x = torch.randn(3, 5, 301, device=device).to(dtype)
     targets = torch.randint(301, (3, 5), device=device)
     dy = torch.randn(30, device=device)
     fn = partial(both, targets=targets, op=partial(token_logp, impl=impl))
     expected = fwd_bwd(fn, [x], dy)
+    tol = 1e-5 if device.type == "cuda" else 0.0  # there the alignment decides who adds what
     for name, other in _layouts(x).items():
         for got, wanted in zip(fwd_bwd(fn, [other], dy), expected, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0, atol=0, msg=name)
+            torch.testing.assert_close(got, wanted, rtol=tol, atol=tol, msg=name)
 
 
 def test_expanded_rows(impl, device):
@@ -556,7 +557,8 @@ def test_rows_lie_on_the_first_grid_axis(impl, device, monkeypatch):
     logits = torch.zeros(70_000, 4, device=device, requires_grad=True)  # axes 1, 2 end at 65,535
     targets = torch.zeros(70_000, dtype=torch.long, device=device)
     token_logp(logits, targets, impl=impl).logp.sum().backward()
-    assert grids == ([(70_000,)] * 2 if impl == "triton" else [])
+    fused = impl == "triton" or (impl == "auto" and device.type == "cuda")
+    assert grids == ([(70_000,)] * 2 if fused else [])
 
 
 @pytest.mark.gpu
@@ -608,6 +610,7 @@ def _call(impl, shape=(2, 6), rows=(2,), dtype=torch.float32, target=torch.int64
         (partial(_call, temperature=torch.ones(2).requires_grad_()), ValueError, "detach"),
     ],
 )
+@pytest.mark.usefixtures("on_cpu")
 def test_rejects(impl, call, error, match):
     with pytest.raises(error, match=match):
         call(impl)
