@@ -6,8 +6,9 @@ A bench file lists its cases and ends with
     if __name__ == "__main__":
         harness.main(CASES)                      # python bench/<op>.py
 
-A case is judged before it is timed: wrong is not fast.  One round runs the sides in turn, so that
-a busy machine slows all of them alike; slow sides sit out some rounds.  Times are medians;
+A case is judged before it is timed: wrong is not fast.  One round runs the sides in turn, in an
+order of its own, so that a busy or hot machine slows all of them alike; slow sides sit out some
+rounds.  Times are medians;
 `slower` is the median of a side divided by the median of "ours".
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -163,18 +164,22 @@ def time_sides(
         for name, t in times.items()
     }
 
-    def run_others() -> None:
-        for name in case.sides:
-            if name != "ours" and _is_due(len(times["ours"]), allowed[name], case.rounds):
+    order = random.Random(0)  # new in each round: heat and power that one side leaves meet all
+
+    def run(names: list[str]) -> None:
+        turn = len(times["ours"])
+        order.shuffle(names)
+        for name in names:
+            if name == "ours" or _is_due(turn, allowed[name], case.rounds):
                 take_turn(name)
 
+    others = [name for name in case.sides if name != "ours"]
     rounds = max(case.rounds - 1, 1)
     if benchmark is not None:
-        benchmark.pedantic(lambda: take_turn("ours"), setup=run_others, rounds=rounds)
+        benchmark.pedantic(lambda: take_turn("ours"), setup=lambda: run(others), rounds=rounds)
     else:
         for _ in range(rounds):
-            run_others()
-            take_turn("ours")
+            run([*case.sides])
     found = {}
     for name, measured in times.items():
         found[name] = {**_quantiles(measured), "rounds": len(measured)}

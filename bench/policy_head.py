@@ -80,13 +80,13 @@ def trl(hidden: Tensor, weight: Tensor, given: Given, *, metrics: bool = False) 
     return clipped(logp, given)
 
 
-def liger_grpo(hidden: Tensor, weight: Tensor, given: Given) -> Tensor:
-    """Chunks of PyTorch, one sequence each; on a CPU its elementwise part is not compiled."""
+def liger_grpo(hidden: Tensor, weight: Tensor, given: Given, *, compiled: bool = False) -> Tensor:
+    """Chunks of PyTorch, one sequence each; torch.compile of its elementwise part is for CUDA."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     targets, old, advantage = (x.view(SEQUENCES, -1) for x in given)
     loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=CUDA, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28
+        beta=0.0, compiled=compiled, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28
     )
     hidden = hidden.view(SEQUENCES, -1, hidden.shape[-1])
     mask = torch.ones_like(targets)
@@ -147,6 +147,7 @@ PEERS = {
     "trl selective_log_softmax": Peer(trl, "trl"),
     "trl with metrics": Peer(partial(trl, metrics=True), "trl"),
     "liger GRPO": Peer(liger_grpo, "liger-kernel"),
+    "liger GRPO, compiled": Peer(partial(liger_grpo, compiled=True), "liger-kernel", cuda=True),
     "liger GRPO from logits": Peer(liger_triton, "liger-kernel", cuda=True),
     "verl": Peer(verl, "verl", cuda=True),
 }

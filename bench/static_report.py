@@ -43,6 +43,7 @@ from tercet.kernels import _policy_terms as terms
 from tercet.kernels import _policy_triton as policy
 from tercet.kernels import _row_softmax as softmax
 from tercet.kernels import _row_softmax_triton as rows
+from tercet.kernels import _scaled as scaling
 from tercet.kernels import _similarity_triton as similarity
 from tercet.kernels._policy_config import PolicyLossConfig
 
@@ -389,6 +390,13 @@ def compared(
     return Launch(name, run, 3 * s.nbytes + out.nbytes)
 
 
+def rescaled(dtype: torch.dtype, n: int) -> Launch:
+    """Saved float32 gradients times the upstream scalar, in dtype."""
+    x, out = _meta(n), _meta(n, dtype=dtype)
+    run = partial(scaling.fused, out, x, _meta(1))
+    return Launch(f"scaled {n} {str(dtype).removeprefix('torch.')}", run, x.nbytes + out.nbytes)
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAUNCHES = [
     pooled(BF16, 64, 2048, 4096, packed=False),
@@ -416,6 +424,7 @@ LAUNCHES = [
     derived(BF16, 3520, 16_384, index=True, entropy=False, softcap=None),
     derived(BF16, 3520, 16_384, index=False, entropy=True, softcap=30.0),
     derived(FP32, 3520, 16_384, index=True, entropy=True, softcap=None),
+    rescaled(BF16, 2**20),
     compared(BF16, 1024, 65_536),
     compared(FP16, 1024, 50_001, everything=False),
     compared(FP32, 2048, 32_768),
@@ -423,10 +432,11 @@ LAUNCHES = [
 ]
 
 # 1024 threads, half of what a multiprocessor holds, hide the latency of streaming kernels; 32 KiB
-# in flight on each of 132 keep an H200's memory busy for a latency of a microsecond.
+# in flight on each of 132 keep an H200's memory busy for a latency of a microsecond.  The kernels
+# that read more than they write had to have twice that and more to reach its bandwidth.
 DESIGN = {
-    "_masked_mean_partial": Design(("x_ptr",), blocks=7, in_flight=32),
-    "_masked_mean_partial f64": Design(("x_ptr",), blocks=3, in_flight=32),
+    "_masked_mean_partial": Design(("x_ptr",), blocks=16, in_flight=64),
+    "_masked_mean_partial f64": Design(("x_ptr",), blocks=10, in_flight=64),
     "_masked_mean_combine": Design(("partial_ptr",), blocks=8),
     "_masked_mean_normalize": Design(("y_ptr",), blocks=8),
     "_masked_mean_row_grad": Design(("dy_ptr", "y_ptr", "grad_ptr"), blocks=8),
@@ -440,7 +450,8 @@ DESIGN = {
     "_tile_fwd": Design(("s_ptr",), blocks=5, in_flight=32),
     "_tile_bwd": Design(("s_ptr", "ds_ptr"), blocks=3, in_flight=24),  # a third of it is stores
     "_tile_stats": Design(("s_ptr",), blocks=5, in_flight=32),
-    "_row_softmax_fwd": Design(("x_ptr",), blocks=4, in_flight=32),
+    "_scale": Design(("x_ptr", "out_ptr"), blocks=4, in_flight=32),
+    "_row_softmax_fwd": Design(("x_ptr",), blocks=5, in_flight=96),
     "_row_softmax_bwd": Design(("x_ptr", "dx_ptr"), blocks=4, in_flight=32),
 }
 

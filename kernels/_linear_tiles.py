@@ -14,8 +14,9 @@ from tercet.kernels.reference import accumulator_dtype
 MEBI = 2**20
 CPU_TILE_BYTES = 8 * MEBI  # stays in the last cache between the product and the row arithmetic
 CPU_HEIGHT = 2048
-CUDA_TILE_BYTES = 512 * MEBI
+CUDA_TILE_BYTES = 256 * MEBI
 CUDA_HEIGHT = 16384  # cuBLAS wants thousands of rows
+CUDA_BLOCK = 128  # rows and columns that it computes at a time
 
 
 class Plan(NamedTuple):
@@ -30,6 +31,21 @@ def columns_of(vocab: int, most: int) -> int:
     """Width of a tile of at most `most` columns."""
     width = max(1, min(vocab, most))
     return width - width % 64 if 64 < width < vocab else width
+
+
+def even_columns(vocab: int, most: int) -> int:
+    """As columns_of, for cuBLAS: of the fewest tiles none is much narrower than the others."""
+    narrowest = columns_of(vocab, most)
+    if narrowest <= CUDA_BLOCK or narrowest == vocab:
+        return narrowest
+    even = -(-vocab // -(-vocab // narrowest))
+    return min(whole_blocks(even, narrowest), vocab)
+
+
+def whole_blocks(size: int, most: int) -> int:
+    """The next multiple of what cuBLAS computes at a time, if `most` allows it."""
+    whole = -(-size // CUDA_BLOCK) * CUDA_BLOCK
+    return whole if whole <= most else size
 
 
 def make_plan(
@@ -47,7 +63,8 @@ def make_plan(
     tile_bytes = min(most_bytes, budget_mb * MEBI // (tiles + parts))
     height = max(1, min(rows, most_rows))
     longest = max(height, hidden) if parts else height
-    width = columns_of(vocab, tile_bytes // (longest * itemsize))
+    cut = even_columns if weight.is_cuda else columns_of
+    width = cut(vocab, tile_bytes // (longest * itemsize))
     spare = budget_mb * MEBI - (tiles * height + parts * hidden) * width * itemsize
     return Plan(height, width, max(0, min(rows, spare // (vocab * itemsize))))
 

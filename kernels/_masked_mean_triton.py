@@ -7,7 +7,8 @@ on the row alone: padded equals packed and a row never feels its neighbours, bit
 Padded: row b owns slots [b * splits, (b + 1) * splits).  Packed: row i owns the slots from
 cu[i] // SPLIT_T + i on; the next row begins behind them, as ceil(a) <= floor(b + a) - floor(b) + 1.
 """
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,8 +20,10 @@ from torch import Tensor
 from tercet.kernels.reference import NORM_EPS, accumulator_dtype
 
 SPLIT_T = 256  # tokens per slot; part of the numerics: it fixes the order of summation
-BLOCK_T = 16
+BLOCK_T = 8  # a warp sums a tile of BLOCK_T x BLOCK_H on its own: what is in flight is many blocks
 BLOCK_H = 256
+SUM_WARPS = 1
+SCATTER_T = 16
 BLOCK_SPLITS = 8
 BLOCK_ROW = 1024  # columns at once where a program owns a whole row
 
@@ -263,7 +266,7 @@ def forward(
             _masked_mean_partial[(slots, columns)](
                 x, keep, cu, partial, slot_count, t, hidden, rows, splits, *strides,
                 PACKED=packed, SEARCH_STEPS=_search_steps(rows), HAS_MASK=mask is not None, ACC=acc,
-                SPLIT_T=SPLIT_T, BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H,
+                SPLIT_T=SPLIT_T, BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H, num_warps=SUM_WARPS,
             )  # fmt: skip
         if rows * columns:
             _masked_mean_combine[(rows, columns)](
@@ -305,6 +308,6 @@ def backward(
                 grad, keep, cu, dx, t, hidden, rows, splits,
                 PACKED=cu_seqlens is not None, SEARCH_STEPS=_search_steps(rows),
                 HAS_MASK=mask is not None,
-                SPLIT_T=SPLIT_T, BLOCK_T=BLOCK_T, BLOCK_H=BLOCK_H,
+                SPLIT_T=SPLIT_T, BLOCK_T=SCATTER_T, BLOCK_H=BLOCK_H,
             )  # fmt: skip
     return dx

@@ -43,41 +43,43 @@ class Plan(NamedTuple):
     forward_width: int
 
     @staticmethod
-    def of(live: int, other: int, weight: Tensor, itemsize: int, tiles: int, mb: int) -> "Plan":
-        """Equal chunks that fit, with `tiles` tiles, into mb MiB.
+    def of(live: int, other: int, head: lt.Head, tiles: int, gradient: int, budget: int) -> "Plan":
+        """Equal chunks that fit, with `tiles` tiles, into `budget` bytes.
 
         Beside them lie hidden states of the chunk's rows, of its live rows, and their gradient.
+        An element of a tile of the gradient takes `gradient` bytes.
         """
+        weight, itemsize = head.weight, head.accumulator.itemsize
         vocab, hidden = weight.shape
-        most_bytes, most_rows = lt.CPU_TILE_BYTES, lt.CPU_HEIGHT
+        most_bytes, most_rows, cut = lt.CPU_TILE_BYTES, lt.CPU_HEIGHT, lt.columns_of
         if weight.is_cuda:
-            most_bytes, most_rows = lt.CUDA_TILE_BYTES, lt.CUDA_HEIGHT
-        tile_bytes = min(most_bytes, mb * lt.MEBI // (4 * tiles))
+            most_bytes, most_rows, cut = lt.CUDA_TILE_BYTES, lt.CUDA_HEIGHT, lt.even_columns
+        tile_bytes = min(most_bytes, budget // (4 * tiles))
         area = tile_bytes // itemsize
-        fit = (mb * lt.MEBI - tiles * tile_bytes) // ((vocab + 3 * hidden) * itemsize)
+        fit = (budget - tiles * tile_bytes) // ((vocab + 3 * hidden) * itemsize)
         height = _even(live, max(1, fit))
+        if weight.is_cuda:
+            height = lt.whole_blocks(height, fit)
         forward_height = _even(other, min(most_rows, area))
         return Plan(
             height,
-            lt.columns_of(
-                vocab, area // max(height, hidden)
-            ),  # a part of the weight is a tile, too
+            cut(vocab, tile_bytes // gradient // max(height, hidden)),  # so wide is a cast part
             forward_height,
-            lt.columns_of(vocab, area // max(forward_height, hidden)),
+            cut(vocab, area // max(forward_height, hidden)),
         )
 
     @staticmethod
-    def whole_rows(live: int, other: int, head: lt.Head, copies: int, mb: int) -> "Plan":
+    def whole_rows(live: int, other: int, head: lt.Head, copies: int, budget: int) -> "Plan":
         """Chunks of whole rows of logits, whose memory is that of the other rows' tiles, too.
 
         Beside them lie `copies` of the chunk's hidden states, rows on their way, and a cast part
         of the weight.
         """
         (vocab, hidden), itemsize = head.weight.shape, head.accumulator.itemsize
-        tile_bytes = min(lt.CPU_TILE_BYTES, mb * lt.MEBI // 4)
+        tile_bytes = min(lt.CPU_TILE_BYTES, budget // 4)
         area = tile_bytes // itemsize
         beside = int(lt.CPU_TILE_BYTES * MOVED) + head.casts() * tile_bytes
-        fit = (mb * lt.MEBI - beside) // ((vocab + copies * hidden) * itemsize)
+        fit = (budget - beside) // ((vocab + copies * hidden) * itemsize)
         height = _even(other, min(lt.CPU_HEIGHT, area))
         width = lt.columns_of(vocab, area // hidden) if head.casts() else vocab
         return Plan(
@@ -87,19 +89,15 @@ class Plan(NamedTuple):
             lt.columns_of(vocab, area // max(height, hidden)),
         )
 
-    def area(self) -> int:
-        return max(self.height * self.width, self.forward_height * self.forward_width)
+    def tile_bytes(self, gradient: int, itemsize: int) -> int:
+        whole = self.height * self.width * gradient
+        return max(whole, self.forward_height * self.forward_width * itemsize)
 
 
 def _even(rows: int, most: int) -> int:
     """Size of the fewest parts of at most `most` rows, all but the last equal."""
     parts = max(1, -(-rows // most))
     return max(1, -(-rows // parts))
-
-
-def saved_dtype(x: Tensor) -> torch.dtype:
-    """Of a gradient until the upstream scalar is known: float16 has not the range."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 class _Order(NamedTuple):
@@ -153,10 +151,12 @@ def policy_pass(
     plain = options.cap.softcap is None and options.kind.entropy_coef == 0
     sweeps_once = options.impl == "cpp" and plain
     pass_of = _ExponentialPass if sweeps_once else _Pass
-    work = pass_of(head, query, tokens, options, order, hidden)
+    cast = 0 if head.hidden.dtype == hidden.dtype else head.hidden.nbytes
+    budget = max(1, options.memory_budget_mb * lt.MEBI - cast)
+    work = pass_of(head, query, tokens, options, order, budget)
     for rows, gradient in order.chunks(work.plan):
         work.chunk(rows, gradient)
-    return work.stats[0] * unit, work.stats, *work.gradients(hidden.shape, bias), unit
+    return work.stats[0] * unit, work.stats, *work.gradients(hidden.shape), unit
 
 
 def _unit(weights: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -177,39 +177,39 @@ class _Pass:
         tokens: pt.Tokens,
         options: Options,
         order: _Order,
-        hidden: Tensor,
+        budget: int,
     ) -> None:
         self.head, self.query, self.tokens, self.options = head, query, tokens, options
         weight, wide, needs = head.weight, head.accumulator, options.needs
         self.bonus = options.kind.entropy_coef > 0
         self.stats = query.scale.new_zeros(pt.NUM_STATS)
         flat = (len(head.hidden), head.hidden.shape[1]) if needs.hidden else (0,)
-        self.d_hidden = torch.zeros(flat, dtype=saved_dtype(hidden), device=weight.device)
+        self.d_hidden = torch.zeros(flat, dtype=wide, device=weight.device)
         self.d_weight = empty_huge(
             weight.shape if needs.weight else [0], dtype=wide, device=weight.device
         )
         self.started = False  # d_weight holds a sum
         self.d_bias = self.stats.new_zeros(len(weight) if needs.bias else 0)
-        self.allocate(order)
+        self.allocate(order, budget)
 
-    def allocate(self, order: _Order) -> None:
+    def allocate(self, order: _Order, budget: int) -> None:
         """The plan, tiles, and logits of a chunk."""
         head, options, wide = self.head, self.options, self.head.accumulator
         buffers = 1 + (options.impl == "torch") + (options.cap.softcap is not None)
         tiles = buffers + head.casts()  # one is a cast part of the weight
-        others, budget = order.counted - order.live, options.memory_budget_mb
-        self.plan = Plan.of(order.live, others, head.weight, wide.itemsize, tiles, budget)
-        self.buffers = [self.query.scale.new_empty(self.plan.area()) for _ in range(buffers)]
+        others = order.counted - order.live
+        itemsize = head.hidden.itemsize if options.impl == "triton" else wide.itemsize
+        self.plan = Plan.of(order.live, others, head, tiles, itemsize, budget)
+        area = -(-self.plan.tile_bytes(itemsize, wide.itemsize) // wide.itemsize)
+        self.buffers = [self.query.scale.new_empty(area) for _ in range(buffers)]
         kept = self.plan.height * len(head.weight) if order.live else 0
         self.kept = empty_huge([kept], dtype=wide, device=head.weight.device)
 
-    def gradients(self, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        weight = self.head.weight
+    def gradients(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         if not self.started:
             self.d_weight.zero_()
         d_hidden = self.d_hidden.view(shape) if self.options.needs.hidden else self.d_hidden
-        d_bias = self.d_bias.to(saved_dtype(weight if bias is None else bias))
-        return d_hidden, self.d_weight.to(saved_dtype(weight)), d_bias
+        return d_hidden, self.d_weight, self.d_bias
 
     def chunk(self, rows: slice | Tensor, gradient: bool) -> None:
         hidden, query = self.head.hidden[rows], self.query.rows(rows)
@@ -278,7 +278,6 @@ class _Pass:
                 return
             hidden, query, grads = hidden[live], query.rows(live), grads.rows(live)
         direct = isinstance(rows, slice) and live is None
-        direct &= self.d_hidden.dtype == head.accumulator
         shape = hidden.shape if needs.hidden else (0,)
         d_hidden = self.d_hidden[rows] if direct else self.stats.new_empty(shape)
         for columns in lt.cuts(0, len(head.weight), self.plan.width):
@@ -293,7 +292,7 @@ class _Pass:
         self.started |= needs.weight
         if needs.hidden and not direct:
             at = rows if live is None else _pick(rows, live)
-            self.d_hidden[at] = d_hidden.to(self.d_hidden.dtype)
+            self.d_hidden[at] = d_hidden
 
     def tile(
         self,
@@ -366,11 +365,9 @@ class _ExponentialPass(_Pass):
     products: dhidden = c (e weight), dweight = e^T (c hidden).
     """
 
-    def allocate(self, order: _Order) -> None:
+    def allocate(self, order: _Order, budget: int) -> None:
         head, other = self.head, order.counted - order.live
-        picks, casts = order.index is not None, self.d_hidden.dtype != head.accumulator
-        copies = 1 + 2 * picks + 2 * casts  # times c; what is picked, and its gradient; that, cast
-        budget = self.options.memory_budget_mb
+        copies = 1 if order.index is None else 3  # times c; what is picked, and its gradient
         self.plan = Plan.whole_rows(order.live, other, head, copies, budget)
         kept = self.plan.height * len(head.weight) if order.live else 0
         tile = self.plan.forward_height * self.plan.forward_width if other else 0
@@ -419,12 +416,11 @@ class _ExponentialPass(_Pass):
         self.started = True
 
     def add_hidden(self, rows: slice | Tensor, e: Tensor, c: Tensor, packing: _Packing) -> None:
-        direct = isinstance(rows, slice) and self.d_hidden.dtype == e.dtype
-        out = self.d_hidden[rows] if direct else self.d_hidden[rows].to(e.dtype)
+        out = self.d_hidden[rows]
         for columns in lt.cuts(0, len(self.head.weight), self.plan.width):
             weight = self.head.chunk(columns)[0]
             lt.product(e[:, columns], weight, out=out[: len(e)], add=columns.start > 0)
         out[: len(e)].mul_(c)
         packing.unpack(out)
-        if not direct:
-            self.d_hidden[rows] = out.to(self.d_hidden.dtype)
+        if not isinstance(rows, slice):
+            self.d_hidden[rows] = out

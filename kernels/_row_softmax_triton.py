@@ -1,5 +1,5 @@
 """Triton kernels of `_row_softmax.py`: one program per row, one read of it per pass."""
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -10,46 +10,77 @@ from torch import Tensor
 
 BLOCK_V = 4096
 NUM_WARPS = 8
+FORWARD_BLOCK_V = 2048
+FORWARD_WARPS = 4
+STAGES = 4  # blocks of a row on their way at a time
+
+
+@triton.jit
+def _grouped(x, GROUP: tl.constexpr):
+    """Sums of GROUP neighbours, which one thread holds: fewer registers, and no exchange yet."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // GROUP, GROUP)), axis=1)
+
+
+@triton.jit
+def _add_terms(d, e, rest, spread, ENTROPY: tl.constexpr, GROUP: tl.constexpr):
+    rest += _grouped(e, GROUP)
+    if ENTROPY:
+        spread -= _grouped(e * tl.maximum(d, -1e4), GROUP)  # e = 0 where d = -inf
+    return rest, spread
+
+
+@triton.jit
+def _add_block(x, lanes, groups, m, rest, spread, rate, ENTROPY: tl.constexpr, GROUP: tl.constexpr):
+    """Adds a block of logits to the sums, which leave one element, the maximum m, out."""
+    block_max = tl.max(x, axis=0)
+    if block_max > m:
+        none = m == float("-inf")
+        fall = tl.where(none, 0.0, (block_max - m) * rate)
+        shrink = tl.exp2(-fall)
+        rest += tl.where(groups == 0, tl.where(none, 0.0, 1.0), 0.0)  # the old maximum
+        spread = (spread + rest * fall) * shrink
+        rest *= shrink
+        m = block_max
+        d = (x - m) * rate
+        first = tl.min(tl.where(x == m, lanes, x.shape[0]), axis=0)
+        e = tl.where(lanes == first, 0.0, tl.exp2(d))
+        rest, spread = _add_terms(d, e, rest, spread, ENTROPY, GROUP)
+    else:
+        d = (x - tl.where(m == float("-inf"), 0.0, m)) * rate
+        rest, spread = _add_terms(d, tl.exp2(d), rest, spread, ENTROPY, GROUP)
+    return m, rest, spread
 
 
 @triton.jit
 def _row_softmax_fwd(
     x_ptr, target_ptr, scale_ptr, max_ptr, rest_ptr, spread_ptr, picked_ptr,
     inner, stride_outer, stride_inner, V, first_column, K,
-    FIRST: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    FIRST: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # int64 before any stride: N*V can exceed 2^31
     x_ptr += (row // inner) * stride_outer + (row % inner) * stride_inner
-    scale = tl.load(scale_ptr + row)
+    rate = tl.load(scale_ptr + row) * 1.4426950408889634  # exponents are base 2 in here
+    lanes = tl.arange(0, BLOCK_V)
+    groups = tl.arange(0, BLOCK_V // GROUP)
     m = tl.full((), float("-inf"), tl.float32)
-    rest = tl.zeros((), tl.float32)
-    spread = tl.zeros((), tl.float32)
+    rest = tl.zeros((BLOCK_V // GROUP,), tl.float32)
+    spread = tl.zeros((BLOCK_V // GROUP,), tl.float32)
     if not FIRST:
         m = tl.load(max_ptr + row)
-        rest = tl.load(rest_ptr + row)
-        spread = tl.load(spread_ptr + row)
-    for start in range(0, V, BLOCK_V):
-        offs = start + tl.arange(0, BLOCK_V)
-        x = tl.load(x_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)  # [BLOCK_V]
-        block_max = tl.max(x, axis=0)
-        grows = block_max > m
-        m_new = tl.where(grows, block_max, m)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # not yet a single finite logit
-        d = (x - base) * scale
-        e = tl.exp(d)
-        total = tl.where(m == float("-inf"), 0.0, 1.0 + rest)  # with the old maximum counted
-        fall = (base - tl.where(m == float("-inf"), base, m)) * scale
-        shrink = tl.exp(-fall)
-        if ENTROPY:
-            ed = e * tl.where(e > 0, d, 0.0)
-            spread = shrink * (spread + total * fall) - tl.sum(ed, axis=0)
-        first_max = tl.min(tl.where(x == block_max, offs, V), axis=0)
-        e = tl.where(offs == tl.where(grows, first_max, -1), 0.0, e)  # the new maximum stays out
-        rest = tl.where(grows, total * shrink, rest) + tl.sum(e, axis=0)
-        m = m_new
+        rest += tl.where(groups == 0, tl.load(rest_ptr + row), 0.0)
+        spread += tl.where(groups == 0, tl.load(spread_ptr + row) * 1.4426950408889634, 0.0)
+    whole = V - V % BLOCK_V
+    for start in tl.range(0, whole, BLOCK_V, num_stages=STAGES):
+        x = tl.load(x_ptr + start + lanes).to(tl.float32)  # [BLOCK_V]
+        m, rest, spread = _add_block(x, lanes, groups, m, rest, spread, rate, ENTROPY, GROUP)
+    if whole < V:
+        x = tl.load(x_ptr + whole + lanes, mask=lanes < V - whole, other=float("-inf"))
+        x = x.to(tl.float32)
+        m, rest, spread = _add_block(x, lanes, groups, m, rest, spread, rate, ENTROPY, GROUP)
     tl.store(max_ptr + row, m)
-    tl.store(rest_ptr + row, rest)
-    tl.store(spread_ptr + row, spread)
+    tl.store(rest_ptr + row, tl.sum(rest, axis=0))
+    tl.store(spread_ptr + row, tl.sum(spread, axis=0) * 0.6931471805599453)
     for k in range(K):
         column = tl.load(target_ptr + row * K + k) - first_column
         inside = (column >= 0) & (column < V)
@@ -124,8 +155,8 @@ def rows_of(op: str, name: str, x: Tensor) -> Rows:
     return Rows(x.shape[:-1].numel(), max(inner, 1), stride_outer, stride_inner)
 
 
-def block_size(vocab: int) -> int:
-    return min(BLOCK_V, max(128, triton.next_power_of_2(vocab)))
+def block_size(vocab: int, most: int = BLOCK_V) -> int:
+    return min(most, max(128, triton.next_power_of_2(vocab)))
 
 
 def forward(
@@ -146,7 +177,8 @@ def forward(
             rows.inner, rows.stride_outer, rows.stride_inner,
             x.shape[-1], first_column, targets.shape[1],
             FIRST=first_column == 0, ENTROPY=entropy,
-            BLOCK_V=block_size(x.shape[-1]), num_warps=NUM_WARPS,
+            BLOCK_V=block_size(x.shape[-1], FORWARD_BLOCK_V), GROUP=16 // x.itemsize,
+            STAGES=STAGES, num_warps=FORWARD_WARPS,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import time
+from functools import partial
 
 import accuracy
 import harness
@@ -253,6 +254,30 @@ def test_a_bench_warns_of_a_busy_machine_and_says_how_long_it_will_take(
         "3 of 3 cases in 21 s; about 0 s left",
     ]
     assert shown.startswith(f"warning: load {load} on 2 cores") == warned
+
+
+def test_sides_and_rounds_may_be_left_out_and_are_named(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "toy.jsonl"
+    arguments = ["toy.py", "--out", str(out), "--rounds", "2", "--skip", "slow", "no such side"]
+    monkeypatch.setattr("sys.argv", arguments)
+    sides = dict.fromkeys(("ours", "slow", "other"), lambda: torch.zeros(10))
+    harness.main({"toy": lambda: _case(sides=sides)})
+    lines = _written(out)
+    assert lines["ours"]["rounds"] == lines["other"]["rounds"] == 2
+    assert lines["slow"]["not_run"] == "left out by --skip"
+    with pytest.raises(ValueError, match="ours is what the others are compared with"):
+        harness.without(_case(), ["ours"])
+
+
+def test_every_round_has_an_order_of_its_own():
+    turns = []
+    sides = {name: partial(turns.append, name) for name in ("ours", "a", "b", "c")}
+    measure.time_sides(_case(sides=sides, rounds=9), dict.fromkeys(sides, 0.0))
+    hot = 1 + (harness.DEVICE.type == "cuda")
+    rounds = [tuple(turns[i : i + 4 * hot : hot]) for i in range(0, len(turns), 4 * hot)]
+    assert len(rounds) == 9
+    assert all(sorted(turn) == ["a", "b", "c", "ours"] for turn in rounds)
+    assert len(set(rounds)) > 3
 
 
 def test_a_bench_names_its_cases_and_runs_none(capsys, monkeypatch):

@@ -19,7 +19,7 @@ MEAN = "_masked_mean_triton"
 REWARD = "_contrastive_reward_triton"
 ROW = "_row_softmax_triton"
 POLICY = "_policy_triton"
-SLOT = {"SPLIT_T": 256, "BLOCK_T": 16, "BLOCK_H": 256}
+SLOT = {"SPLIT_T": 256, "BLOCK_H": 256}
 STRIDES = {"stride_xb": "i64", "stride_xt": "i64"}
 
 
@@ -51,7 +51,8 @@ def _mean_kernels(dtype: str, packed: bool) -> list[Kernel]:
             MEAN,
             "_masked_mean_partial",
             partial | STRIDES,
-            layout | {"ACC": ACC, "stride_xh": 1} | SLOT,
+            layout | {"ACC": ACC, "stride_xh": 1, "BLOCK_T": 8} | SLOT,
+            num_warps=1,
             aligned=("hidden", "stride_xb", "stride_xt"),
         ),
         Kernel(
@@ -60,7 +61,7 @@ def _mean_kernels(dtype: str, packed: bool) -> list[Kernel]:
             combine,
             {"PACKED": packed, "ACC": ACC, "SPLIT_T": 256, "BLOCK_SPLITS": 8, "BLOCK_H": 256},
         ),
-        Kernel(MEAN, "_masked_mean_scatter", scatter, layout | SLOT),
+        Kernel(MEAN, "_masked_mean_scatter", scatter, layout | {"BLOCK_T": 16} | SLOT),
     ]
 
 
@@ -141,15 +142,16 @@ def _row_kernels(dtype: str, entropy: bool) -> list[Kernel]:
     forward = {"x_ptr": dtype} | strides | {f"{name}_ptr": "*fp32" for name in rows[:5]}
     backward = {"x_ptr": dtype, "dx_ptr": dtype} | strides
     backward |= {f"{name}_ptr": "*fp32" for name in ("max", "scale", *rows[5:])}
-    shared = {"ENTROPY": entropy, "BLOCK_V": 4096}
+    flags = {"ENTROPY": entropy, "BLOCK_V": 2048, "GROUP": 4 if dtype == "*fp32" else 8}
+    flags |= {"STAGES": 4}
     return [
-        Kernel(ROW, "_row_softmax_fwd", forward, {"FIRST": True, **shared}, 8, wide=True),
-        Kernel(ROW, "_row_softmax_fwd", forward, {"FIRST": False, **shared}, 8, wide=True),
+        Kernel(ROW, "_row_softmax_fwd", forward, {"FIRST": True, **flags}, wide=True),
+        Kernel(ROW, "_row_softmax_fwd", forward, {"FIRST": False, **flags}, wide=True),
         Kernel(
             ROW,
             "_row_softmax_bwd",
             backward,
-            shared,
+            {"ENTROPY": entropy, "BLOCK_V": 4096},
             8,
             wide=True,
             aligned=("V", "stride_outer", "stride_inner"),

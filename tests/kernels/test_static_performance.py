@@ -61,7 +61,9 @@ def _broken() -> dict[str, report.Launch]:
         "_cross_fwd: local memory": _with(report.reward, crossed, BLOCK_R=256, BLOCK_C=128),
         "_row_softmax_fwd: x_ptr: 2 bytes per thread": odd,
         "_row_softmax_bwd: dx_ptr: 2 bytes per thread": odd,
-        "_row_softmax_fwd: blocks per multiprocessor": _with(report.rows, scored, BLOCK_V=16_384),
+        "_row_softmax_fwd: blocks per multiprocessor": _with(
+            report.rows, scored, FORWARD_BLOCK_V=16_384
+        ),
         "_masked_mean_partial: in flight": _with(report.mean, pooled, BLOCK_T=2),
         "_narrow: 32-bit product": report.Launch("narrow", lambda: _narrow[(8,)](x, 48), 32),
         "_cross_fwd: tensor cores": plain,

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.parametrize("impl", ["triton", "torch", "auto"]),  # auto: compiled on a CPU
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),  # of Triton's interpreter
 ]
-BLOCK = kernels.BLOCK_V
+BLOCK = kernels.FORWARD_BLOCK_V
 SHAPES = [(1, 1), (3, 1000), (2, BLOCK), (2, BLOCK + 1), (2, 2 * BLOCK + 77)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
