@@ -57,6 +57,8 @@ class Plan(NamedTuple):
         tile_bytes = min(most_bytes, budget // (4 * tiles))
         area = tile_bytes // itemsize
         fit = (budget - tiles * tile_bytes) // ((vocab + 3 * hidden) * itemsize)
+        if weight.is_cuda and fit > lt.CUDA_BLOCK:
+            fit -= fit % lt.CUDA_BLOCK
         height = _even(live, max(1, fit))
         if weight.is_cuda:
             height = lt.whole_blocks(height, fit)
@@ -195,7 +197,8 @@ class _Pass:
     def allocate(self, order: _Order, budget: int) -> None:
         """The plan, tiles, and logits of a chunk."""
         head, options, wide = self.head, self.options, self.head.accumulator
-        buffers = 1 + (options.impl == "torch") + (options.cap.softcap is not None)
+        capped = options.cap.softcap is not None and options.impl != "triton"
+        buffers = 1 + (options.impl == "torch") + capped
         tiles = buffers + head.casts()  # one is a cast part of the weight
         others = order.counted - order.live
         itemsize = head.hidden.itemsize if options.impl == "triton" else wide.itemsize
@@ -222,9 +225,12 @@ class _Pass:
         if gradient:
             self.backward(rows, hidden, query, result, slopes)
 
-    def buffer(self, number: int, height: int, columns: slice) -> Tensor:
+    def buffer(
+        self, number: int, height: int, columns: slice, dtype: torch.dtype | None = None
+    ) -> Tensor:
         width = lt.size(columns)
-        return self.buffers[number][: height * width].view(height, width)
+        flat = self.buffers[number].view(dtype or self.head.accumulator)
+        return flat[: height * width].view(height, width)
 
     def kept_tile(self, height: int, columns: slice) -> Tensor:
         """Tiles of the chunk's logits lie one behind the other, each [height, columns]."""
@@ -236,8 +242,8 @@ class _Pass:
         head = self.head._replace(hidden=hidden)
         width = self.plan.width if keep else self.plan.forward_width
         for columns in lt.cuts(0, len(head.weight), width):
-            work = self.buffer(0, height, columns)
-            x = self.kept_tile(height, columns) if keep else work
+            x = self.kept_tile(height, columns) if keep else self.buffer(0, height, columns)
+            work = self.buffer(0, height, columns) if self.options.impl == "torch" else x
             head.logits(slice(None), head.chunk(columns), out=x)
             self.options.cap.apply(x)
             lt.add_tile(
@@ -305,15 +311,14 @@ class _Pass:
         """Gradient of the live rows' logits, in the dtype of the products."""
         first, cap = columns.start, self.options.cap
         x = self.kept_tile(height, columns)
-        out = self.buffer(0, len(query.scale), columns)
         if self.options.impl == "triton":
-            half = self.buffers[0].view(self.head.hidden.dtype)
-            out = half[: out.numel()].view(out.shape)
+            out = self.buffer(0, len(query.scale), columns, self.head.hidden.dtype)
             fused.row_gradient(
                 out, x, live, query, grads, first_column=first, entropy=self.bonus,
                 logit_scale=cap.logit_scale, softcap=cap.softcap,
             )  # fmt: skip
             return out
+        out = self.buffer(0, len(query.scale), columns)
         if live is not None:
             x = torch.index_select(x, 0, live, out=out)
         factor = None

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tercet.kernels import PolicyLossConfig, linear_logp, policy_head, policy_loss
 from tercet.kernels import _linear_tiles as tiles
+from tercet.kernels import _policy_pass as policy_pass
 from tercet.kernels._checks import choose_rows
 from tercet.kernels.reference import (
     aggregation_weights,
@@ -45,6 +47,18 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "CUDA_TILE_BYTES", 6144)
     monkeypatch.setattr(tiles, "CUDA_HEIGHT", 16)
     monkeypatch.setattr(tiles, "MEBI", 1024)
+
+
+@pytest.fixture
+def half_products(monkeypatch):
+    """Products as CUDA has them: operands stay in half precision, sums are float32."""
+
+    def product(a, b, *, out, add=False):
+        exact = a.to(out.dtype) @ b.to(out.dtype)
+        return out.add_(exact) if add else out.copy_(exact)
+
+    monkeypatch.setattr(tiles, "half_products", lambda hidden, weight: hidden.itemsize == 2)
+    monkeypatch.setattr(tiles, "product", product)
 
 
 def config_of(loss_type, **options):
@@ -230,6 +244,40 @@ def test_dtypes(impl, dtype, device, small_tiles):
     rtol = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float64: 1e-12}[dtype]
     ours = judge(inputs, targets, given, impl=impl, rtol=rtol, config=config_of("dapo", beta=0.1))
     assert ours.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("bonus", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("small_tiles", "half_products")
+def test_half_products_share_the_tiles(impl, dtype, bonus, softcap, device):
+    """A tile of the gradient has half the bytes of one of logits."""
+    impl = "torch" if impl == "auto" else impl
+    inputs, targets, given = problem(40, 150, device=device, dtype=dtype)
+    given["advantage"][5:20] = 0.0
+    config = config_of("dapo", beta=0.1, entropy_coef=bonus)
+    rtol = 2e-3 if dtype == torch.float16 else 1.5e-2
+    judge(inputs, targets, given, impl=impl, rtol=rtol, config=config, softcap=softcap)
+
+
+@pytest.mark.parametrize("budget", [1024, 2384, 8192])
+def test_chunks_on_cuda_are_whole_blocks_of_cublas(impl, budget):
+    """An 8B model's head: nothing of it is allocated."""
+    rows, vocab, hidden = 16_384, 151_936, 4096
+    with FakeTensorMode():
+        shapes = {"hidden": (rows, hidden), "weight": (vocab, hidden)}
+        fake = {k: torch.empty(v, dtype=torch.bfloat16, device="cuda") for k, v in shapes.items()}
+        head = tiles.Head.of(fake["hidden"], fake["weight"], None)
+        plan = policy_pass.Plan.of(rows, 0, head, 1, 2, budget << 20)
+    chunks = -(-rows // plan.height)
+    assert plan.height % 128 == plan.width % 128 == 0
+    row = 4 * (vocab + 3 * hidden)
+    assert plan.height * row + plan.tile_bytes(2, 4) <= budget << 20
+    fewer = rows / (chunks - 1) + 128  # rows of a chunk, were there one chunk less
+    assert fewer * row > (budget << 20) - tiles.CUDA_TILE_BYTES
+    last = vocab % plan.width
+    assert last == 0 or last > plan.width * 0.9
+    assert impl
 
 
 def test_float16_gradients_neither_underflow_nor_overflow(impl, device, small_tiles):
