@@ -41,6 +41,8 @@ MEANINGS = {
     "eval/sts_prompts_truncated": "sentences of these pairs that were cut to max_prompt_length",
     "eval/sts_clipped_ratio": "share of their rationales cut off by the limit",
     "eval/held_out_loss": "next-token loss of the documents as plain text, nats per token",
+    "eval/held_out_truncated": "documents of which that loss is over the first 1024 tokens, or "
+    "over as many as the model has positions",
     "eval/prompts_truncated": "held-out texts that were cut to max_prompt_length",
     "eval/mean_length": "tokens of a held-out rationale, mean",
     "eval/clipped_ratio": "share of held-out rationales cut off by the limit",

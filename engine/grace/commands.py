@@ -184,7 +184,8 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
             for name, generate in (("no_rationale", False), ("rationale", True))
             if writes or not generate
         }
-    columns["no_rationale"]["eval/held_out_loss"] = held_out_loss(encoder.policy, corpus.documents)
+    plain = held_out_loss(encoder.policy, corpus.documents)
+    columns["no_rationale"] |= {f"eval/{name}": value for name, value in plain.items()}
     rows = {"rows": len(found.examples), "rows_trained_on": found.num_trained_on}
     told = _told(how) if "rationale" in columns else "texts alone"
     _show(f"{config.model}: {len(found.examples)} rows, {told}", columns)

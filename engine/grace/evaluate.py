@@ -277,11 +277,20 @@ def held_out_loss(
     *,
     max_length: int = 1024,
     max_tokens_per_batch: int = 16_384,
-) -> float:
+) -> dict[str, float]:
     """Mean next-token loss of plain texts, nats per token: is the ability to write kept?
 
     Compare before and after training on the same texts; exp() of it is the perplexity.  The first
-    token of a text is given, not predicted; texts are cut at max_length tokens.
+    token of a text is given, not predicted, so that a text of one token counts for nothing.
+
+    Args:
+        policy: with a tokenizer.
+        texts: at least one of two tokens or more.
+        max_length: tokens at which a text is cut; the model's positions, where they are fewer.
+        max_tokens_per_batch: memory only.
+
+    Returns:
+        held_out_loss, and in held_out_truncated the number of texts that were cut.
 
     Raises:
         ValueError: no tokenizer, or no text of at least two tokens.
@@ -291,18 +300,21 @@ def held_out_loss(
             "held_out_loss: the policy must have a tokenizer, got None; "
             "save one beside the model, or pass it to Policy"
         )
-    rows = [list(policy.tokenizer.encode(text, verbose=False))[:max_length] for text in texts]
-    rows = [row for row in rows if len(row) > 1]
+    limit = min(max_length, policy.max_length or max_length)
+    whole = [list(policy.tokenizer.encode(text, verbose=False)) for text in texts]
+    rows = [row[:limit] for row in whole if len(row) > 1]
     if not rows:
         raise ValueError(
             f"held_out_loss: there must be a text of at least two tokens, got none in {len(texts)}"
         )
-    return completion_loss(
+    loss = completion_loss(
         policy,
         [row[:1] for row in rows],
         [row[1:] for row in rows],
         max_tokens_per_batch=max_tokens_per_batch,
     )
+    cut = sum(len(row) > limit for row in whole)
+    return {"held_out_loss": loss, "held_out_truncated": float(cut)}
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

@@ -60,6 +60,7 @@ COLUMNS = {
     "words_in_partner": "in partner",
     "clipped_ratio": "cut off",
     "held_out_loss": "nats/token",
+    "held_out_truncated": "texts cut",
 }
 
 
@@ -305,7 +306,7 @@ class Experiment:
                 row,
                 lambda how=how: {
                     **encoder_row(encoder, self.pairs.corpus, **how),
-                    "held_out_loss": held_out_loss(policy, texts),
+                    **held_out_loss(policy, texts),
                 },
                 say,
             )

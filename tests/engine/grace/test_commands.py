@@ -194,6 +194,7 @@ def test_eval_measures_without_and_with_rationales(checkpoint, tmp_path, capsys)
         assert 0 <= found[column]["eval/recall@1"] <= 1
         assert -1 <= found[column]["eval/sts_spearman"] <= 1
     assert found["no_rationale"]["eval/held_out_loss"] > 0
+    assert found["no_rationale"]["eval/held_out_truncated"] == 0
     assert 0 < found["rationale"]["eval/mean_length"] <= 3
 
 

@@ -199,14 +199,27 @@ def test_held_out_loss_reads_texts_up_to_their_limit(tiny_policy):
     assert len(rows[1]) == 1  # nothing to predict: left out
     parts = [logits_loss(tiny_policy, row[:4], 1) for row in (rows[0], rows[2])]
     expected = sum(total for total, _ in parts) / sum(count for _, count in parts)
-    assert held_out_loss(tiny_policy, texts, max_length=4) == pytest.approx(expected, rel=1e-5)
+    cut = {"held_out_loss": pytest.approx(expected, rel=1e-5), "held_out_truncated": 1}
+    assert held_out_loss(tiny_policy, texts, max_length=4) == cut
     whole = held_out_loss(tiny_policy, texts)
-    assert whole != pytest.approx(expected, rel=1e-5)
+    assert whole["held_out_loss"] != pytest.approx(expected, rel=1e-5)
+    assert whole["held_out_truncated"] == 0
+    assert held_out_loss(tiny_policy, texts, max_length=len(rows[0])) == whole
     tiny_policy.model.train()
     assert held_out_loss(tiny_policy, texts) == pytest.approx(whole)
     assert tiny_policy.model.training
     with pytest.raises(ValueError, match="at least two tokens, got none in 1"):
         held_out_loss(tiny_policy, ["x"])
+
+
+def test_held_out_loss_reads_what_the_model_has_positions_for(tiny_policy):
+    row = tiny_policy.tokenizer.encode("the red boat " * 300)[: tiny_policy.max_length]
+    total, count = logits_loss(tiny_policy, row, 1)
+    found = held_out_loss(tiny_policy, ["the red boat " * 300])
+    assert found == {
+        "held_out_loss": pytest.approx(total / count, rel=1e-5),
+        "held_out_truncated": 1,
+    }
 
 
 def test_distinct_share_and_spread():

@@ -133,6 +133,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_table(config, tmp_path, capsy
     assert [len(seeds) for seeds in results.values()] == [1] * len(names)
     trained = json.loads((tmp_path / "out" / "seed-0" / "rows.json").read_text())
     assert trained["base: prompt"]["held_out_loss"] != trained["InfoNCE: prompt"]["held_out_loss"]
+    assert "texts cut" in whole
+    assert trained["base: prompt"]["held_out_truncated"] == 0
 
 
 def test_other_settings_are_not_mixed_into_one_folder(config):
