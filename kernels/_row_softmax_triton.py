@@ -34,10 +34,9 @@ def _add_block(x, lanes, groups, m, rest, spread, rate, ENTROPY: tl.constexpr, G
     """Adds a block of logits to the sums, which leave one element, the maximum m, out."""
     block_max = tl.max(x, axis=0)
     if block_max > m:
-        none = m == float("-inf")
-        fall = tl.where(none, 0.0, (block_max - m) * rate)
+        fall = tl.minimum((block_max - m) * rate, 1e4)  # of an infinite one nothing stays
         shrink = tl.exp2(-fall)
-        rest += tl.where(groups == 0, tl.where(none, 0.0, 1.0), 0.0)  # the old maximum
+        rest += tl.where(groups == 0, 1.0, 0.0)  # the old maximum
         spread = (spread + rest * fall) * shrink
         rest *= shrink
         m = block_max
