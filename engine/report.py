@@ -97,10 +97,8 @@ def table(rows: Sequence[dict], kind: str = "", digits: str = ".4g") -> str:
 def results_html(found: ResultTable) -> str:
     """A table of finished figures and what its columns mean."""
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in found.notes)
-    return (
-        f"<h2>{html.escape(found.title)}</h2>{table(found.rows, digits='.3f')}"
-        f'<div class="notes">{notes}</div>'
-    )
+    rows = table(found.rows, digits=".3f") if found.rows else "<p>No rows.</p>"
+    return f'<h2>{html.escape(found.title)}</h2>{rows}<div class="notes">{notes}</div>'
 
 
 def last_values(runs: Sequence[Run]) -> str:

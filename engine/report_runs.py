@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from tercet.engine.config import ConfigError, read_record
 from tercet.engine.files import read_jsonl
 
 Series = dict[int, float]  # step -> value
@@ -81,25 +82,19 @@ def load_tables(folder: Path) -> list[ResultTable]:
         ValueError: it holds something else.
     """
     path = folder / TABLES
-    tables = _json(path, list)
-    if not all(_is_table(table) for table in tables):
-        raise ValueError(
-            f"report: {path} must hold objects with a title, rows (objects) and notes (texts), "
-            f"got {_cut(tables)}; restore or delete it"
-        )
-    return [ResultTable(**table) for table in tables]
+    return [_table(table, path) for table in _json(path, list)]
 
 
-def _is_table(table: object) -> bool:
-    if not isinstance(table, dict) or table.keys() != {"title", "rows", "notes"}:
-        return False
-    rows, notes = table["rows"], table["notes"]
-    return (
-        isinstance(table["title"], str)
-        and isinstance(rows, list)
-        and all(isinstance(row, dict) for row in rows)
-        and isinstance(notes, list)
-        and all(isinstance(note, str) for note in notes)
+def _table(table: object, path: Path) -> ResultTable:
+    try:
+        if isinstance(table, dict):
+            return read_record(ResultTable, table, str(path))
+        why = "no object"
+    except ConfigError as error:
+        why = str(error).removeprefix(f"{path}: ")
+    raise ValueError(
+        f"report: {path} must hold objects with a title, rows (objects) and notes (texts), got "
+        f"{_cut(table)} ({why[:120]}); restore or delete it"
     )
 
 

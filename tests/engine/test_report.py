@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 from html.parser import HTMLParser
 
 import pytest
 
+from tercet.engine.cli import main as cli
 from tercet.engine.glossary import MEANINGS, general
 from tercet.engine.report import main, write_report
 from tercet.engine.report_charts import styles_of
@@ -147,6 +149,9 @@ def test_the_figures_of_a_folder_stand_at_the_top(tmp_path):
     assert "<h2>Two &amp; three</h2>" in top
     assert '<td>&lt;base&gt;</td><td class="n">0.500</td><td class="n">-</td>' in top
     assert "recall@1: of all" in top
+    (tmp_path / "tables.json").write_text(json.dumps([{**tables[0], "rows": []}]))
+    top = write_report(tmp_path).read_text().partition("Where training began")[0]
+    assert "<h2>Two &amp; three</h2><p>No rows.</p>" in top
 
 
 @pytest.mark.parametrize(
@@ -154,13 +159,15 @@ def test_the_figures_of_a_folder_stand_at_the_top(tmp_path):
     [
         "{x", "{}", "[1]", '[{"title": "a"}]', '[{"title": 1, "rows": [], "notes": []}]',
         '[{"title": "a", "rows": [1], "notes": []}]', '[{"title": "a", "rows": [], "notes": [1]}]',
+        '[{"title": "a", "rows": [], "notes": [], "row": 1}]',
         '[{"title": "a", "rows": {}, "notes": []}]', '[{"title": "a", "rows": [], "notes": {}}]',
     ],
 )  # fmt: skip
-def test_figures_that_are_none_are_an_error(tmp_path, text):
+def test_figures_that_are_none_are_an_error(tmp_path, text, capsys):
     (make_run(tmp_path / "run") / "tables.json").write_text(text)
-    with pytest.raises(ValueError, match=r"tables\.json must .*; restore or delete it"):
-        write_report(tmp_path / "run")
+    assert cli(["report", str(tmp_path / "run")]) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"^tercet report: \S+tables\.json must .*; restore or delete it$", told)
 
 
 def test_a_long_text_that_comes_again_is_a_ditto_mark(tmp_path):
