@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tercet.engine.config import ConfigError, read_record
 from tercet.engine.files import read_object
 
+MODELS = ("base", "base_reasoning", "paper", "document", "infonce")  # a reading of each
 REMEDY = "delete it, and the same command measures the models anew"
 
 
@@ -56,15 +58,20 @@ def read_results(path: Path) -> DemoResults:
     """The results.json of a finished demo.
 
     Raises:
-        ValueError: it is no JSON object, or its keys are those of another version.
+        ValueError: it is no JSON object, or not what this version of the demo writes.
     """
     data = read_object(path, "read_results", REMEDY)
     try:
-        data["readings"] = [Reading(**row) for row in data["readings"]]
-        data["samples"] = [Sample(**row) for row in data["samples"]]
-        return DemoResults(**data)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"read_results: {path} must be of this version of the demo, got one of an older "
-            f"version; {REMEDY}"
-        ) from error
+        found = read_record(DemoResults, data, "results")
+    except ConfigError as error:
+        raise ValueError(_bad(path, f"one of another version ({str(error)[:120]})")) from error
+    models = tuple(reading.model for reading in found.readings)
+    if models != MODELS:
+        raise ValueError(_bad(path, f"readings of {', '.join(models) or 'no model'}"))
+    if "total" not in found.seconds:
+        raise ValueError(_bad(path, "no seconds.total"))
+    return found
+
+
+def _bad(path: Path, got: str) -> str:
+    return f"read_results: {path} must be what this demo writes, got {got}; {REMEDY}"

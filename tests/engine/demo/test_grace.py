@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +16,13 @@ from tercet.engine.demo import evidence
 from tercet.engine.demo.config import MAX_COMPLETION_LENGTH, GraceDemoConfig, PretrainConfig
 from tercet.engine.demo.evidence import markdown, run_evidence
 from tercet.engine.demo.grace import MAX_PROMPT_LENGTH, _claim, run_demo
-from tercet.engine.demo.results import read_results
+from tercet.engine.demo.results import MODELS, read_results
 from tercet.engine.demo.show import LABELS
 from tercet.engine.demo.tiny import MAX_LENGTH
 from tercet.engine.demo.world import World
 from tercet.engine.files import read_jsonl
 from tercet.engine.glossary import general
 from tercet.engine.grace.config import GraceConfig
-
-MODELS = ["base", "base_reasoning", "paper", "document", "infonce"]
 
 
 def smoke(folder) -> GraceDemoConfig:
@@ -95,7 +95,7 @@ def test_its_checkpoints_are_measured_as_their_runs_did(finished, tmp_path, caps
 
 def test_every_model_is_measured(finished):
     _, _, results = finished
-    assert [reading.model for reading in results.readings] == MODELS
+    assert tuple(reading.model for reading in results.readings) == MODELS
     for reading in results.readings:
         assert 0 <= reading.topic_hit_at_1 <= 1
         assert -1 <= reading.mean_cosine <= 1
@@ -183,7 +183,7 @@ def test_evidence_keeps_lines_per_seed_and_model(finished, tmp_path):
     table = run_evidence(mine, seeds=(0,), results=path, console=console)
     run_evidence(mine, seeds=(0,), results=path, console=console)  # replaces its own lines
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["side"] for line in lines] == MODELS
+    assert tuple(line["side"] for line in lines) == MODELS
     assert {line["case"] for line in lines} == {"seed 0"}
     assert all(line["machine"] and line["versions"]["torch"] for line in lines)
     assert (runs / "evidence.md").read_text() == table + "\n"
@@ -208,12 +208,28 @@ def test_evidence_lies_where_the_repository_keeps_it_only_there(finished, tmp_pa
     assert len(read_jsonl(kept)) == len(MODELS)
 
 
-def test_results_of_an_older_version_are_told_in_words(finished, tmp_path):
-    text = (Path(finished[0].output_dir) / "results.json").read_text()
-    path = tmp_path / "results.json"
-    path.write_text(text.replace("topic_hit_at_1", "recall_at_1"))
-    with pytest.raises(ValueError, match=r"got one of an older version; delete it"):
-        read_results(path)
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda d: d["readings"][0].pop("topic_hit_at_1"), r"version \(results: readings"),
+        (lambda d: d["samples"][0].update(text=3), r"version \(results: samples\.0\.text"),
+        (lambda d: d.update(readings=[]), "readings of no model"),
+        (lambda d: d["readings"].pop(), "readings of base, base_reasoning, paper, document"),
+        (lambda d: d["readings"][0].update(model="x"), "readings of x, base_reasoning, paper"),
+        (lambda d: d["seconds"].clear(), r"no seconds\.total"),
+    ],
+)
+def test_results_that_are_none_of_ours_are_told(finished, tmp_path, capsys, change, got):
+    shutil.copytree(finished[0].output_dir, tmp_path / "demo")
+    path = tmp_path / "demo" / "results.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    settings = tmp_path / "demo" / "demo.yaml"
+    settings.write_text(settings.read_text().replace(finished[0].output_dir, str(path.parent)))
+    assert main(["demo", "grace", "--config", str(settings)]) == 1
+    said = capsys.readouterr().err
+    assert re.search(f"^tercet demo grace: {path} must be what .*, got .*{got}.*; delete it", said)
 
 
 @pytest.mark.parametrize(("text", "got"), [('{"folder": "a",', "Expecting"), ("[]", "list")])
