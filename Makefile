@@ -27,7 +27,7 @@ help:
 	@echo "The first call installs into $(VENV). PIP_EXTRA_INDEX_URL=URL or TORCH=WHEEL behind a target takes the CPU"
 	@echo "build of torch from there instead of gigabytes of CUDA; URL: the CPU index on PyTorch's installation page."
 
-$(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/src/*.?pp csrc/include/tercet/*.hpp bindings/*.cpp
+$(INSTALLED): pyproject.toml constraints.txt csrc/CMakeLists.txt csrc/src/*.?pp csrc/include/tercet/*.hpp bindings/*.?pp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip -c constraints.txt
 	@echo "installing $(TORCH) and the rest into $(VENV): minutes, 3 GB with the CPU build; make help says how to get torch without CUDA"

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "arrays.hpp"
 #include "tercet/reward.hpp"
 
 namespace py = pybind11;
@@ -22,22 +23,7 @@ using tercet::RolloutReward;
 namespace {
 
 using Scores = std::vector<double>;
-
-template <typename T>
-std::span<const T> row(const py::array& array, const std::string& name) {
-  const std::string where = "rollout_rewards: " + name + " must be ";
-  if (!py::isinstance<py::array_t<T>>(array)) {
-    throw py::type_error(where + std::string(py::str(py::dtype::of<T>())) + ", got " +
-                         std::string(py::str(array.dtype())));
-  }
-  if (array.ndim() != 1 || (array.flags() & py::array::c_style) == 0) {
-    throw py::value_error(where + "one-dimensional and contiguous, got shape " +
-                          std::string(py::str(array.attr("shape"))) + " and strides " +
-                          std::string(py::str(array.attr("strides"))) +
-                          "; call numpy.ascontiguousarray");
-  }
-  return {static_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
-}
+constexpr const char* kRewards = "rollout_rewards";
 
 // Named columns over the struct itself; built on the first call, for it imports numpy.
 py::array rewards_of(std::size_t n) {
@@ -53,9 +39,10 @@ py::array rollout_rewards(const py::array& verdicts, const py::array& offsets,
                           const py::array& outcomes, const std::optional<py::array>& start_verdicts,
                           const RewardConfig& config) {
   const tercet::RolloutBatch batch{
-      row<double>(verdicts, "verdicts"), row<std::int64_t>(offsets, "offsets"),
-      row<double>(outcomes, "outcomes"),
-      start_verdicts ? row<double>(*start_verdicts, "start_verdicts") : std::span<const double>()};
+      row<double>(verdicts, kRewards, "verdicts"), row<std::int64_t>(offsets, kRewards, "offsets"),
+      row<double>(outcomes, kRewards, "outcomes"),
+      start_verdicts ? row<double>(*start_verdicts, kRewards, "start_verdicts")
+                     : std::span<const double>()};
   py::array out = rewards_of(batch.outcomes.size());
   const std::span rewards(static_cast<RolloutReward*>(out.mutable_data()), batch.outcomes.size());
   {

@@ -5,13 +5,29 @@ Importing this package loads neither torch nor triton; `tercet.kernels` and `ter
 
 from importlib.metadata import version
 
-from tercet._mcts import RewardConfig, RewardForm, Tree, rollout_reward, rollout_rewards
+from tercet._mcts import (
+    Forest,
+    LateTicketError,
+    RepeatedTicketError,
+    RewardConfig,
+    RewardForm,
+    TicketError,
+    Tree,
+    UnknownTicketError,
+    rollout_reward,
+    rollout_rewards,
+)
 
 __version__ = version("tercet")
 __all__ = [
+    "Forest",
+    "LateTicketError",
+    "RepeatedTicketError",
     "RewardConfig",
     "RewardForm",
+    "TicketError",
     "Tree",
+    "UnknownTicketError",
     "__version__",
     "rollout_reward",
     "rollout_rewards",

@@ -3,6 +3,182 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+class TicketError(ValueError):
+    """A ticket that cannot be told; nothing was changed."""
+
+    ticket: int
+    tree: int
+
+class UnknownTicketError(TicketError):
+    """It was never issued."""
+
+class RepeatedTicketError(TicketError):
+    """It was told, or reported as failed, before."""
+
+class LateTicketError(TicketError):
+    """Its tree was removed."""
+
+class Leaves:
+    """A batch of leaves to look at, as columns of equal length, read-only."""
+
+    @property
+    def ticket(self) -> NDArray[np.uint64]: ...
+    @property
+    def tree(self) -> NDArray[np.uint32]: ...
+    @property
+    def node(self) -> NDArray[np.uint32]:
+        """Name of the leaf inside its tree."""
+    @property
+    def depth(self) -> NDArray[np.uint32]:
+        """Of a root: 0."""
+    @property
+    def handle(self) -> NDArray[np.int64]: ...
+    @property
+    def attempt(self) -> NDArray[np.uint32]:
+        """1, and one more after every failure."""
+    def __len__(self) -> int: ...
+
+class TreeColumns:
+    """All nodes of a tree in the order of their creation, the root first; read-only columns."""
+
+    @property
+    def node(self) -> NDArray[np.uint32]:
+        """Name of the node in `Leaves.node`."""
+    @property
+    def parent(self) -> NDArray[np.int64]:
+        """Position in these columns; -1 for the root."""
+    @property
+    def depth(self) -> NDArray[np.uint32]: ...
+    @property
+    def visits(self) -> NDArray[np.uint32]: ...
+    @property
+    def in_flight(self) -> NDArray[np.uint32]:
+        """Tickets out at or below the node."""
+    @property
+    def total(self) -> NDArray[np.float64]:
+        """Sum of the values backed up."""
+    @property
+    def handle(self) -> NDArray[np.int64]: ...
+    @property
+    def terminal(self) -> NDArray[np.uint8]:
+        """1 where the node was told without children."""
+    def __len__(self) -> int: ...
+
+class Counters:
+    """What a forest has done so far."""
+
+    @property
+    def trees(self) -> int: ...
+    @property
+    def finished(self) -> int:
+        """Trees whose simulations are used up."""
+    @property
+    def simulations(self) -> int:
+        """Values backed up."""
+    @property
+    def evaluations(self) -> int:
+        """Simulations with a ticket; the others visited an end again."""
+    @property
+    def in_flight(self) -> int:
+        """Tickets that were handed out and are not told."""
+    @property
+    def waiting(self) -> int:
+        """Results that were told and wait for older ones of their tree."""
+    @property
+    def failures(self) -> int: ...
+    @property
+    def given_up(self) -> int:
+        """Leaves that failed `max_attempts` times."""
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def bytes(self) -> int:
+        """Of nodes, with what lies free."""
+
+class Forest:
+    """Many searches at once, behind ask and tell. Not thread-safe.
+
+    `ask` hands out leaves of all trees, each with a ticket; `tell` brings what was found out about
+    them, at any time and in any order. The trees depend on what is told and on nothing else: not on
+    the size of batches, the order of results or each other. A tree issues tickets while it may, and
+    else commits its oldest one, so that its leaf gets children and its value goes up the tree.
+
+    Children are chosen by UCT (Kocsis & Szepesvari 2006) with the visits that are on their way
+    (WU-UCT, arXiv:1810.11755): `total / visits + c_uct sqrt(ln(N + O) / (n + o))`, N and n finished
+    visits of parent and child, O and o those on their way; children nobody visits first, the
+    first on ties.
+
+    Args:
+        c_uct: weight of exploration, >= 0.
+        max_in_flight: most tickets out of one tree, 1 to 255. 1 is the sequential search.
+        visits_per_flight: a tree of n visits may have 1 + n // visits_per_flight out.
+        max_attempts: at a leaf whose evaluation fails.
+        failed_value: value of a leaf that failed as often; it becomes an end.
+        max_bytes: bound on the memory of nodes.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        c_uct: float = ...,
+        max_in_flight: int = 1,
+        visits_per_flight: int = 16,
+        max_attempts: int = 3,
+        failed_value: float = 0.0,
+        max_bytes: int = ...,
+    ) -> None: ...
+    def add_tree(self, root_handle: int, simulations: int) -> int:
+        """A tree whose root has this handle and is visited `simulations` times; its number.
+
+        Raises:
+            ValueError: simulations outside [1, 2^24), or no room within max_bytes.
+        """
+
+    def remove_tree(self, tree: int) -> None:
+        """Frees the nodes of a tree; its tickets become late ones.
+
+        Raises:
+            IndexError: no such tree.
+        """
+
+    def ask(self, max_leaves: int) -> Leaves:
+        """At most max_leaves leaves; none when all wait for `tell`, or are done."""
+
+    def tell(
+        self,
+        tickets: NDArray[np.uint64],
+        values: NDArray[np.float64],
+        num_children: NDArray[np.uint32],
+        handles: NDArray[np.int64],
+    ) -> None:
+        """What was found out about n leaves; if anything is wrong, nothing changes.
+
+        Args:
+            values: finite.
+            num_children: 0 to 64; a leaf without children is an end, which is visited again with
+                its value but asked about no more.
+            handles: names of the children, those of the first leaf first.
+
+        Raises:
+            TypeError: a dtype.
+            ValueError: a length, a value, too many children, or no room within max_bytes.
+            TicketError: a ticket that was never issued, was told before or is of a removed tree.
+        """
+
+    def fail(self, tickets: NDArray[np.uint64]) -> None:
+        """The evaluation of these failed: they are handed out again, `max_attempts` times in all.
+
+        Raises:
+            TicketError: see `tell`; nothing is changed.
+        """
+
+    def is_finished(self, tree: int) -> bool: ...
+    def columns(self, tree: int) -> TreeColumns: ...
+    def counters(self) -> Counters: ...
+
 class RewardForm:
     """Whose formula; see csrc/include/tercet/reward.hpp."""
 

@@ -1,0 +1,27 @@
+// Checked NumPy arguments of the bindings.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <span>
+#include <string>
+
+// The elements of a one-dimensional contiguous array of exactly this dtype; nothing is copied.
+// Throws TypeError or ValueError that begins with `op` and names the argument.
+template <typename T>
+std::span<const T> row(const pybind11::array& array, const char* op, const char* name) {
+  namespace py = pybind11;
+  const auto must = [&] { return std::string(op) + ": " + name + " must be "; };
+  if (!py::isinstance<py::array_t<T>>(array)) {
+    throw py::type_error(must() + std::string(py::str(py::dtype::of<T>())) + ", got " +
+                         std::string(py::str(array.dtype())));
+  }
+  if (array.ndim() != 1 || (array.flags() & py::array::c_style) == 0) {
+    throw py::value_error(must() + "one-dimensional and contiguous, got shape " +
+                          std::string(py::str(array.attr("shape"))) + " and strides " +
+                          std::string(py::str(array.attr("strides"))) +
+                          "; call numpy.ascontiguousarray");
+  }
+  return {static_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
+}

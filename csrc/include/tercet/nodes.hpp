@@ -1,0 +1,154 @@
+// The nodes of all trees of a forest, in chunks that never move.
+//
+// The children of a node lie in one block inside one slab; a slab belongs to one tree. What
+// selection reads is hot, 16 bytes per node, so that four children share a cache line; the rest is
+// apart. Nodes are named by 32-bit indices into the whole, in slabs of 64:
+//
+//   hot      | root . . . | a0 a1 a2 a3 | b0 b1 . . | ...     total, counts, link     16 B
+//   handle   | root . . . | a0 a1 a2 a3 | b0 b1 . . | ...     the caller's name        8 B
+//   parent   | root       | a           | b         | ...     one per group of four    4 B / 4
+//
+// Blocks begin at multiples of four, which is what lets a group share its parent.
+// Not thread-safe.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace tercet {
+
+using NodeIndex = std::uint32_t;
+
+inline constexpr std::uint32_t kMaxVisits = (1u << 24) - 1;
+inline constexpr std::uint32_t kMaxInFlight = (1u << 8) - 1;
+inline constexpr std::uint32_t kMaxChildren = 64;
+inline constexpr std::uint32_t kMaxNodes = 1u << 30;  // of a forest
+
+class HotNode {
+ public:
+  double total{0.0};  // sum of the values backed up
+
+  [[nodiscard]] std::uint32_t visits() const { return counts_ >> 8; }
+  [[nodiscard]] std::uint32_t in_flight() const { return counts_ & kMaxInFlight; }
+  // Visits that happened and those that are on their way.
+  [[nodiscard]] std::uint32_t expected_visits() const { return visits() + in_flight(); }
+  void depart() { counts_ += 1; }
+  void turn_back() { counts_ -= 1; }  // of one that departed
+  void arrive(double value) {         // of one that departed
+    counts_ += (1u << 8) - 1;
+    total += value;
+  }
+
+  // A node is a leaf until it gets children or an end, and pending while it is asked about.
+  [[nodiscard]] bool is_leaf() const { return (link_ & ~kLast) == 0; }
+  [[nodiscard]] bool is_pending() const { return (link_ & ~kLast) == kPending; }
+  [[nodiscard]] bool is_terminal() const { return (link_ & kEnd) != 0; }
+  [[nodiscard]] bool has_children() const { return link_ > (kPending | kLast) && !is_terminal(); }
+  [[nodiscard]] bool is_last() const { return (link_ & kLast) != 0; }  // of its siblings
+  [[nodiscard]] NodeIndex first_child() const { return (link_ & ~kEnd) >> 1; }
+  [[nodiscard]] std::uint32_t end() const { return (link_ & ~kEnd) >> 1; }  // its number
+  void set_last() { link_ |= kLast; }
+  void set_pending() { link_ = (link_ & kLast) | kPending; }
+  void set_first_child(NodeIndex first) { link_ = (link_ & kLast) | first << 1; }
+  void set_end(std::uint32_t number) { link_ = (link_ & kLast) | number << 1 | kEnd; }
+
+ private:
+  static constexpr std::uint32_t kLast = 1;
+  static constexpr std::uint32_t kPending = 1 << 1;  // no block begins at index 1
+  static constexpr std::uint32_t kEnd = 1u << 31;
+
+  std::uint32_t counts_{0};  // visits << 8 | in flight
+  std::uint32_t link_{0};    // kEnd | first child or number of the end << 1 | kLast
+};
+static_assert(sizeof(HotNode) == 16);
+
+// Where the next block of a tree goes.
+struct Slabs {
+  std::uint32_t first{0};
+  std::uint32_t last{0};
+  std::uint32_t count{0};
+  std::uint32_t used{0};  // nodes of the last one
+};
+
+class Nodes {
+ public:
+  static constexpr std::uint32_t kSlab = 64;
+  static constexpr std::uint32_t kChunk = 1u << 18;  // nodes; 4 MiB of hot ones
+  static constexpr std::size_t kBytesPerNode = 16 + 8 + 1;
+
+  // max_bytes bounds the chunks together.
+  explicit Nodes(std::size_t max_bytes);
+
+  // A tree's first node. Throws std::length_error where max_bytes or kMaxNodes do not allow a slab.
+  NodeIndex add_root(Slabs& slabs, std::int64_t handle);
+
+  // Makes sure that as many blocks find room.  Throws as add_root does, and then changes nothing.
+  void reserve(std::size_t blocks);
+
+  // A block of children, zeroed but for what is given. `handles` holds 1 to kMaxChildren.
+  // Throws as add_root does, and then changes nothing.
+  NodeIndex add_children(Slabs& slabs, NodeIndex parent, std::span<const std::int64_t> handles);
+
+  // Gives a tree's slabs back.
+  void release(const Slabs& slabs);
+
+  [[nodiscard]] HotNode& hot(NodeIndex i) { return chunks_[i / kChunk].hot[i % kChunk]; }
+  [[nodiscard]] const HotNode& hot(NodeIndex i) const {
+    return chunks_[i / kChunk].hot[i % kChunk];
+  }
+  [[nodiscard]] std::int64_t handle(NodeIndex i) const {
+    return chunks_[i / kChunk].handle[i % kChunk];
+  }
+  [[nodiscard]] NodeIndex parent(NodeIndex i) const {  // a root is its own
+    return chunks_[i / kChunk].parent[i % kChunk / 4];
+  }
+
+  // Position among the nodes of its tree: the same whatever else the forest holds.
+  [[nodiscard]] std::uint32_t local(NodeIndex i) const {
+    return ordinals_[i / kSlab] * kSlab + i % kSlab;
+  }
+  // All nodes of a tree in the order of their blocks.
+  [[nodiscard]] std::vector<NodeIndex> all(const Slabs& slabs) const;
+
+  // Asks for the memory of a node's block, of its handle, or of a tree's next block.
+  void prefetch(NodeIndex i) const { __builtin_prefetch(&hot(i)); }
+  void prefetch_handle(NodeIndex i) const {
+    __builtin_prefetch(&chunks_[i / kChunk].handle[i % kChunk]);
+  }
+  void prefetch_next(const Slabs& slabs) const {
+    const NodeIndex next = slabs.last * kSlab + slabs.used % kSlab;
+    __builtin_prefetch(&hot(next), 1);
+    __builtin_prefetch(&chunks_[next / kChunk].handle[next % kChunk], 1);
+  }
+
+  [[nodiscard]] std::size_t bytes() const { return chunks_.size() * kChunk * kBytesPerNode; }
+  [[nodiscard]] std::size_t max_bytes() const { return max_bytes_; }
+
+ private:
+  struct Freed {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+
+  // One allocation, that of the hot nodes; 2 MiB pages are asked for where the system has them.
+  struct Chunk {
+    std::unique_ptr<HotNode[], Freed> hot;
+    std::int64_t* handle;
+    NodeIndex* parent;  // of each group of four
+  };
+
+  NodeIndex add_block(Slabs& slabs, std::uint32_t size);
+  void add_chunk();
+
+  std::size_t max_bytes_;
+  std::vector<Chunk> chunks_;
+  std::vector<std::uint32_t> ordinals_;  // of each slab in its tree
+  std::vector<std::uint32_t> next_;      // slab of the same tree
+  std::vector<std::uint8_t> used_;       // nodes of each slab
+  std::vector<std::uint32_t> free_;
+};
+
+}  // namespace tercet

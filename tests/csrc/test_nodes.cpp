@@ -1,0 +1,94 @@
+#include <cstdint>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "check.hpp"
+#include "tercet/nodes.hpp"
+
+using tercet::HotNode;
+using tercet::NodeIndex;
+using tercet::Nodes;
+using tercet::Slabs;
+
+namespace {
+
+constexpr std::size_t kChunkBytes = Nodes::kChunk * Nodes::kBytesPerNode;
+
+std::vector<std::int64_t> handles(std::size_t n, std::int64_t first) {
+  std::vector<std::int64_t> found(n);
+  std::iota(found.begin(), found.end(), first);
+  return found;
+}
+
+void counts_and_links_share_eight_bytes() {
+  HotNode node;
+  CHECK(node.is_leaf() && !node.has_children() && !node.is_last());
+  node.set_last();
+  CHECK(node.is_leaf() && node.is_last());
+  for (std::uint32_t i = 0; i < tercet::kMaxInFlight; ++i) node.depart();
+  CHECK(node.in_flight() == tercet::kMaxInFlight && node.visits() == 0);
+  node.arrive(0.5);
+  node.turn_back();
+  CHECK(node.in_flight() == tercet::kMaxInFlight - 2 && node.visits() == 1 && node.total == 0.5);
+  CHECK(node.expected_visits() == tercet::kMaxInFlight - 1);
+  node.set_pending();
+  CHECK(node.is_pending() && node.is_last() && !node.is_leaf() && !node.has_children());
+  node.set_first_child(tercet::kMaxNodes - 4);
+  CHECK(node.has_children() && node.first_child() == tercet::kMaxNodes - 4);
+  CHECK(node.is_last() && !node.is_pending() && !node.is_terminal());
+  node.set_end(12345);
+  CHECK(node.is_terminal() && node.end() == 12345 && node.is_last() && !node.has_children());
+  node.set_end(0);
+  CHECK(node.is_terminal() && node.end() == 0 && !node.is_leaf() && !node.is_pending());
+}
+
+void blocks_of_two_trees_lie_in_their_own_slabs() {
+  Nodes nodes(kChunkBytes);
+  Slabs a, b;
+  const NodeIndex root_a = nodes.add_root(a, 10);
+  const NodeIndex root_b = nodes.add_root(b, 20);
+  CHECK(nodes.local(root_a) == 0 && nodes.local(root_b) == 0);
+  CHECK(nodes.parent(root_b) == root_b && nodes.handle(root_b) == 20);
+  const NodeIndex first = nodes.add_children(a, root_a, handles(5, 100));
+  const NodeIndex other = nodes.add_children(b, root_b, handles(64, 200));
+  CHECK(nodes.local(first) == 4 && first % 4 == 0);
+  CHECK(nodes.local(other) == Nodes::kSlab);  // the first slab has not room for 64
+  for (std::uint32_t i = 0; i < 64; ++i) {
+    CHECK(nodes.parent(other + i) == root_b && nodes.handle(other + i) == 200 + i);
+    CHECK(nodes.hot(other + i).is_last() == (i == 63) && nodes.hot(other + i).is_leaf());
+  }
+  CHECK(nodes.hot(root_a).first_child() == first && nodes.hot(first + 4).is_last());
+  const NodeIndex next = nodes.add_children(a, first + 4, handles(1, 300));
+  CHECK(nodes.local(next) == 12 && nodes.parent(next) == first + 4);
+  std::vector<std::int64_t> names;
+  for (const NodeIndex node : nodes.all(a)) names.push_back(nodes.handle(node));
+  CHECK((names == std::vector<std::int64_t>{10, 100, 101, 102, 103, 104, 300}));
+  CHECK(nodes.all(b).size() == 65);
+}
+
+void released_slabs_are_used_again_and_the_limit_holds() {
+  Nodes nodes(kChunkBytes);
+  CHECK(nodes.bytes() == 0);
+  std::vector<Slabs> trees(Nodes::kChunk / Nodes::kSlab);
+  for (Slabs& tree : trees) nodes.add_root(tree, 1);
+  CHECK(nodes.bytes() == kChunkBytes);
+  Slabs more;
+  CHECK_THROWS(nodes.add_root(more, 1), std::length_error);
+  CHECK(more.count == 0);
+  CHECK_THROWS(nodes.add_children(trees[0], 0, handles(64, 0)), std::length_error);
+  CHECK(nodes.hot(0).is_leaf() && trees[0].count == 1);
+  nodes.release(trees[7]);
+  nodes.reserve(1);
+  CHECK_THROWS(nodes.reserve(2), std::length_error);
+  const NodeIndex root = nodes.add_root(more, 5);
+  CHECK(root == 7 * Nodes::kSlab && nodes.hot(root).is_leaf() && nodes.local(root) == 0);
+}
+
+}  // namespace
+
+int main() {
+  counts_and_links_share_eight_bytes();
+  blocks_of_two_trees_lie_in_their_own_slabs();
+  released_slabs_are_used_again_and_the_limit_holds();
+}
