@@ -75,14 +75,24 @@ def rewind_jsonl(path: Path, *, last_step: int | None) -> int:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one, never half of it."""
+    """Writes a file so that a reader sees the old text or the new one, never half of it.
+
+    Raises:
+        OSError: as `removed_on_failure`; it cannot be made.
+    """
     data = text.encode("utf-8", "replace")  # half a surrogate pair becomes "?"
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    told = {
+        "function": "replace_text",
+        "content": path.name,
+        "remedy": "nothing of it was written; free some space",
+    }
+    file = temporary.open("wb")
+    with removed_on_failure(temporary, path.parent, **told), file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+        temporary.replace(path)
 
 
 def read_object(path: Path, function: str, remedy: str) -> dict[str, Any]:
@@ -113,10 +123,10 @@ def read_object(path: Path, function: str, remedy: str) -> dict[str, Any]:
 def removed_on_failure(
     temporary: Path, folder: Path, *, function: str, content: str, remedy: str
 ) -> Iterator[None]:
-    """Leaves no half-written folder behind, and gives a full disk's error a name.
+    """Leaves no half-written file or folder behind, and gives a full disk's error a name.
 
     Args:
-        temporary: what is removed.
+        temporary: what is removed; a file or a folder.
         folder: one that is there; its disk is the one that is written to.
         function: whose error it is.
         content: what is written.
@@ -129,7 +139,10 @@ def removed_on_failure(
         yield
     except BaseException as error:
         full = _disk_is_full(error)
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         if not full:
             raise
         free = shutil.disk_usage(folder).free / 1e6

@@ -140,20 +140,30 @@ def test_a_failed_encode_leaves_nothing(checkpoint, tmp_path, capsys):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(checkpoint, tmp_path, capsys):
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 64 bytes, which stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(checkpoint, full_disk, tmp_path, capsys):
     texts = write_rows(tmp_path / "t.jsonl", [{"text": "the cat"}])
     out = tmp_path / "deep" / "out"
     argv = ["grace", "encode", "--model", checkpoint, "--input", texts, "--output-dir", str(out)]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # of a file; stands in for a full disk
-    try:
-        assert main(argv) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert main(argv) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"tercet grace encode: the disk of {out.parent} must hold {out}, but it")
     assert said.endswith("free some space or name another folder with --output-dir\n")
     assert list(out.parent.iterdir()) == []
+    out = out.with_name("figures.json")
+    out.write_text("before")
+    argv = ["grace", "eval", "--model", checkpoint, "--data.test-fraction", "0.5"]
+    assert main([*argv, "--output", str(out)]) == 1
+    assert f"eval: the disk of {out.parent} must hold figures.json, but" in capsys.readouterr().err
+    assert [path.read_text() for path in out.parent.iterdir()] == ["before"]
 
 
 def test_a_place_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path, capsys):
