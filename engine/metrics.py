@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -172,7 +173,8 @@ class RunLog:
                 rewind_jsonl(folder / name, last_step=None)
             self._warn_changes(folder / "config.yaml", config)
         replace_text(folder / "config.yaml", to_yaml(config))
-        replace_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        facts = {"started": datetime.now(UTC).isoformat(), **environment()}
+        replace_text(folder / "env.json", json.dumps(facts, indent=2) + "\n")
 
     def _event(self, kind: str, message: str) -> None:
         append_jsonl(self.folder / EVENTS, [{"step": self.step, "kind": kind, "message": message}])

@@ -6,7 +6,7 @@ import html
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +45,8 @@ h3 { margin: 1.5rem 0 .25rem; font-size: 1rem; } code { font-size: .9em; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .5rem .6rem .2rem;
   display: flex; flex-direction: column; justify-content: space-between; }
 figcaption { font-size: .84rem; display: flex; flex-wrap: wrap; gap: 0 .6rem; }
-figcaption span { margin-right: auto; overflow-wrap: anywhere; }
+figcaption > span { margin-right: auto; overflow-wrap: anywhere; }
+figcaption div { display: flex; flex-wrap: wrap; gap: 0 .6rem; margin-left: auto; }
 figcaption b { font-variant-numeric: tabular-nums; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: system-ui, sans-serif !important; }
@@ -202,6 +203,23 @@ def render(title: str, runs: Sequence[Run], tables: Sequence[ResultTable] = ()) 
     )
 
 
+def _runs_in(folder: Path) -> list[tuple[Path, Run]]:
+    """The runs that a folder is or holds, in the order in which they were started."""
+    found = [(path, load_run(path)) for path in _run_folders(folder)]
+    return sorted(found, key=lambda each: str(each[1].env.get("started", "")))
+
+
+def _labels(tables: Sequence[ResultTable]) -> dict[str, str]:
+    """Name of a run -> what the first column of a table calls it, where a column "run" says so."""
+    rows = [row for found in tables for row in found.rows if row.get("run")]
+    return {str(row["run"]): drawable(str(next(iter(row.values())))) for row in rows}
+
+
+def _called(run: Run, labels: Mapping[str, str]) -> Run:
+    label = labels.get(run.name, run.name)
+    return run if label == run.name else replace(run, name=f"{label} ({run.name})")
+
+
 def _run_folders(folder: Path) -> list[Path]:
     """The folder when it is a run, or else the runs up to DEPTH folders below it."""
     if (folder / "metrics.jsonl").exists():
@@ -214,8 +232,10 @@ def _run_folders(folder: Path) -> list[Path]:
 def write_report(*folders: str | Path, output: str | Path | None = None) -> Path:
     """Writes one page about all runs that the folders are or hold; returns its path.
 
-    Runs are looked for up to DEPTH folders deep, those inside a run excepted.
-    A folder's tables.json, if there is one, stands at the page's top; see `load_tables`.
+    Runs are looked for up to DEPTH folders deep, those inside a run excepted; those of one folder
+    stand in the order in which they were started.  A folder's tables.json, if there is one, stands
+    at the page's top (see `load_tables`), and a run that its column "run" names is called what the
+    table's first column calls it.
 
     Args:
         folders: at least one.
@@ -228,16 +248,17 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
     if output:
         _check_output(Path(output))
     found = [Path(folder).resolve() for folder in folders]
-    paths = list(dict.fromkeys(path for folder in found for path in _run_folders(folder)))
+    by_path = dict(each for folder in found for each in _runs_in(folder))
     common = Path(os.path.commonpath(found))
-    runs = [load_run(path) for path in paths]
+    runs = list(by_path.values())
     if len({run.name for run in runs}) < len(runs):  # told apart by their place
         runs = [
             replace(run, name=drawable(path.relative_to(common).as_posix()))
-            for run, path in zip(runs, paths, strict=True)
+            for path, run in by_path.items()
         ]
     target = Path(output) if output else Path(os.path.relpath(common)) / "report.html"
     tables = [table for folder in dict.fromkeys(found) for table in load_tables(folder)]
+    runs = [_called(run, _labels(tables)) for run in runs]
     replace_text(target, render(", ".join(folder.name for folder in found), runs, tables))
     return target
 

@@ -136,7 +136,7 @@ def _figure(key: str, runs: Sequence[Run], styles: Mapping[str, Style], top: flo
         if (points := run.points(key))
     )
     meaning = html.escape(MEANINGS.get(general(key), ""))
-    caption = f"<figcaption><span>{html.escape(key)}</span>{last}</figcaption>"
+    caption = f"<figcaption><span>{html.escape(key)}</span><div>{last}</div></figcaption>"
     return f'<figure title="{meaning}">{caption}{draw(key, runs, styles, top)}</figure>'
 
 

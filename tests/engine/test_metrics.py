@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 import pytest
 import yaml
@@ -72,6 +73,7 @@ def test_a_fresh_run_writes_its_settings_and_its_machine(tmp_path):
     env = json.loads((run / "env.json").read_text())
     assert env["versions"]["torch"].startswith("2.")
     assert env["cpu"] == cpu_model() != ""
+    assert datetime.fromisoformat(env["started"]).utcoffset() == timedelta(0)
     assert set(env["implementations"]) >= {"linear_logp", "segment_mean", "attention"}
 
 

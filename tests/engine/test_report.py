@@ -101,6 +101,33 @@ def test_runs_are_found_three_folders_deep(tmp_path):
         write_report(tmp_path / "runs" / "b" / "x")
 
 
+def test_runs_stand_in_the_order_in_which_they_were_started(tmp_path):
+    for name, day in {"c": 2, "b": 3, "a": 4, "d": None}.items():
+        env = {} if day is None else {"started": f"2026-01-0{day}T00:00:00+00:00"}
+        (make_run(tmp_path / name) / "env.json").write_text(json.dumps(env))
+    page = write_report(tmp_path).read_text()
+    assert re.findall("<h2>(.)</h2>", page) == ["d", "c", "b", "a"]
+    legend = page.partition('class="legend">')[2].split("</p>")[0]
+    assert re.findall(r"</i>(.)</span>", legend) == ["d", "c", "b", "a"]
+    page = write_report(tmp_path / "a", tmp_path / "c").read_text()  # as they are named
+    assert re.findall("<h2>(.)</h2>", page) == ["a", "c"]
+
+
+def test_a_run_is_called_as_the_table_calls_it(tmp_path):
+    make_run(tmp_path / "document")
+    make_run(tmp_path / "other")
+    rows = [{"": "GRACE, <repaired>", "run": "document", "x": 1.0}, {"": "base", "run": "", "x": 2}]
+    table = {"title": "t", "rows": rows, "notes": []}
+    (tmp_path / "tables.json").write_text(
+        json.dumps([table, {**table, "rows": [{"run": "other"}]}])
+    )
+    page = write_report(tmp_path).read_text()
+    legend = page.partition('class="legend">')[2].split("</p>")[0]
+    named = ["GRACE, &lt;repaired&gt; (document)", "other"]
+    assert re.findall(r"</i>(.*?)</span>", legend) == named
+    assert re.findall("<h2>(.*?)</h2>", page)[-2:] == named
+
+
 def test_one_run_needs_no_legend(tmp_path):
     assert 'class="legend"' not in write_report(make_run(tmp_path / "run")).read_text()
 
