@@ -35,6 +35,17 @@ from tercet.engine.files import append_jsonl, lock, read_jsonl, replace_text, re
 
 EVENTS, LOCK = "events.jsonl", "run.lock"
 ROW_FILES = ("metrics.jsonl", "samples.jsonl", EVENTS)
+# what the screen shows of an evaluation; of one without these, its first measures
+HEADLINES = ("eval/recall@1", "eval/distinct_share", "eval/anisotropy", "eval/held_out_loss")
+NUM_HEADLINES = 4
+SPEED = {"tokens_per_s": "{:.0f} tok/s"}
+COST = {
+    "padding_saved": "padding saved {:.0%}",
+    "memory_gb": "{:.1f} GB",
+    "time/sample_s": "sample {:.1f}s",
+    "time/score_s": "score {:.1f}s",
+    "time/update_s": "update {:.1f}s",
+}
 
 
 class RunLog:
@@ -264,23 +275,18 @@ def check_run_folder(folder: Path) -> None:
 def progress_line(
     step: int, total_steps: int, metrics: Mapping[str, float], *, eta_s: float | None
 ) -> str:
-    """One line about a step; what was not measured is left out."""
-    parts = [f"step {step}/{total_steps}"]
+    """One line about a step; what was not measured is left out.
+
+    A step with an evaluation shows its headlines in place of what the step cost.
+    """
     rewarded = "reward/mean" in metrics  # then the loss, a policy gradient's, says nothing
-    for key, shown in (
-        ("reward/mean", "reward {:.3f}") if rewarded else ("loss", "loss {:.3f}"),
-        ("kl", "kl {:.4f}"),
-        ("tokens_per_s", "{:.0f} tok/s"),
-        ("padding_saved", "padding saved {:.0%}"),
-        ("memory_gb", "{:.1f} GB"),
-        ("time/sample_s", "sample {:.1f}s"),
-        ("time/score_s", "score {:.1f}s"),
-        ("time/update_s", "update {:.1f}s"),
-    ):
-        if key in metrics:
-            parts.append(shown.format(metrics[key]))
-    parts += [f"{k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/")]
+    learnt = {"reward/mean": "reward {:.3f}"} if rewarded else {"loss": "loss {:.3f}"}
+    measured = [key for key in metrics if key.startswith("eval/")]
+    headlines = [key for key in HEADLINES if key in measured] or measured[:NUM_HEADLINES]
+    shown = learnt | {"kl": "kl {:.4f}"} | {key: f"{key} {{:.3f}}" for key in headlines}
+    shown |= SPEED if headlines else SPEED | COST
+    parts = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
     if eta_s is not None:
         minutes, seconds = divmod(round(eta_s), 60)
         parts.append(f"eta {minutes}:{seconds:02}")
-    return "  ".join(parts)
+    return "  ".join([f"step {step}/{total_steps}", *parts])

@@ -222,13 +222,13 @@ def test_tensorboard_has_the_metrics(tmp_path):
 
 def test_not_on_a_terminal_each_shown_step_is_one_plain_line(tmp_path):
     with run_log(tmp_path) as log:
-        log.log(1, METRICS)
+        log.log(1, {key: value for key, value in METRICS.items() if "eval" not in key})
         log.log(2, METRICS, show=False)
         log.warn("[bold]careful[/bold]")
     lines = shown(log)
     assert lines[0].startswith(
         "step 1/10  reward 0.412  kl 0.0031  31235 tok/s  padding saved 62%  1.3 GB  "
-        "sample 1.9s  score 0.1s  update 0.8s  eval/recall@1 0.500  eta 0:"
+        "sample 1.9s  score 0.1s  update 0.8s  eta 0:"
     )
     assert lines[1:] == ["warning: [bold]careful[/bold]"]
 
@@ -250,6 +250,19 @@ def test_on_a_terminal_one_live_line_is_redrawn(tmp_path, monkeypatch):
 def test_progress_line_leaves_out_what_was_not_measured():
     assert progress_line(0, 5, {"eval/x": 1.0}, eta_s=None) == "step 0/5  eval/x 1.000"
     assert progress_line(3, 5, {}, eta_s=125.4) == "step 3/5  eta 2:05"
+
+
+def test_progress_line_shows_the_headlines_of_an_evaluation():
+    found = {"eval/recall@10": 0.9, "eval/mrr": 0.6, "eval/prompts_truncated": 0.0}
+    headlines = {"eval/anisotropy": 0.4, "eval/recall@1": 0.5, "eval/distinct_share": 1.0}
+    line = progress_line(20, 100, {**METRICS, **found, **headlines}, eta_s=21.0)
+    assert line == (
+        "step 20/100  reward 0.412  kl 0.0031  eval/recall@1 0.500  eval/distinct_share 1.000  "
+        "eval/anisotropy 0.400  31235 tok/s  eta 0:21"
+    )
+    others = {f"eval/{name}": 1.0 for name in "abcde"}
+    line = progress_line(1, 5, others, eta_s=None)
+    assert line == "step 1/5  eval/a 1.000  eval/b 1.000  eval/c 1.000  eval/d 1.000"
 
 
 def test_progress_line_shows_the_reward_or_without_one_the_loss():
