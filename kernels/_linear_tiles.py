@@ -35,17 +35,14 @@ def columns_of(vocab: int, most: int) -> int:
 
 def even_columns(vocab: int, most: int) -> int:
     """As columns_of, for cuBLAS: of the fewest tiles none is much narrower than the others."""
-    narrowest = columns_of(vocab, most)
-    if narrowest <= CUDA_BLOCK or narrowest == vocab:
-        return narrowest
-    even = -(-vocab // -(-vocab // narrowest))
-    return min(whole_blocks(even, narrowest), vocab)
+    widest = columns_of(vocab, most)
+    even = -(-vocab // -(-vocab // widest))
+    return min(whole_blocks(even), widest)
 
 
-def whole_blocks(size: int, most: int) -> int:
-    """The next multiple of what cuBLAS computes at a time, if `most` allows it."""
-    whole = -(-size // CUDA_BLOCK) * CUDA_BLOCK
-    return whole if whole <= most else size
+def whole_blocks(size: int) -> int:
+    """The next multiple of what cuBLAS computes at a time."""
+    return -(-size // CUDA_BLOCK) * CUDA_BLOCK
 
 
 def make_plan(

@@ -57,12 +57,13 @@ class Plan(NamedTuple):
         tile_bytes = min(most_bytes, budget // (4 * tiles))
         area = tile_bytes // itemsize
         fit = (budget - tiles * tile_bytes) // ((vocab + 3 * hidden) * itemsize)
-        if weight.is_cuda and fit > lt.CUDA_BLOCK:
-            fit -= fit % lt.CUDA_BLOCK
+        whole = weight.is_cuda and fit >= lt.CUDA_BLOCK
+        fit -= fit % lt.CUDA_BLOCK if whole else 0
         height = _even(live, max(1, fit))
-        if weight.is_cuda:
-            height = lt.whole_blocks(height, fit)
-        forward_height = _even(other, min(most_rows, area))
+        height = lt.whole_blocks(height) if whole else height
+        kept = height * vocab * itemsize if live else 0
+        copied = (budget - tiles * tile_bytes - kept) // (2 * hidden * itemsize)
+        forward_height = _even(other, max(1, min(most_rows, area, copied)))
         return Plan(
             height,
             cut(vocab, tile_bytes // gradient // max(height, hidden)),  # so wide is a cast part
@@ -82,14 +83,13 @@ class Plan(NamedTuple):
         area = tile_bytes // itemsize
         beside = int(lt.CPU_TILE_BYTES * MOVED) + head.casts() * tile_bytes
         fit = (budget - beside) // ((vocab + copies * hidden) * itemsize)
-        height = _even(other, min(lt.CPU_HEIGHT, area))
+        height = _even(live, max(1, fit))
         width = lt.columns_of(vocab, area // hidden) if head.casts() else vocab
-        return Plan(
-            _even(live, max(1, fit)),
-            width,
-            height,
-            lt.columns_of(vocab, area // max(height, hidden)),
-        )
+        kept = height * vocab * itemsize if live else tile_bytes
+        copied = (budget - beside - kept) // (2 * hidden * itemsize)  # as they are, and cast
+        forward_height = _even(other, max(1, min(lt.CPU_HEIGHT, area, copied)))
+        forward_width = lt.columns_of(vocab, area // max(forward_height, hidden))
+        return Plan(height, width, forward_height, forward_width)
 
     def tile_bytes(self, gradient: int, itemsize: int) -> int:
         whole = self.height * self.width * gradient
@@ -146,16 +146,15 @@ def policy_pass(
     query = options.cap.query(rs.flatten_query("policy_head", shape, targets, temperature, hidden))
     unit = _unit(tokens.weights, hidden, weight)
     tokens = tokens._replace(weights=tokens.weights / unit)
-    head = lt.Head.of(hidden, weight, bias)
+    flat = hidden.reshape(-1, hidden.shape[-1])
     if lt.capturing(hidden):  # rows that do not count stay, and must not spread their NaN
-        head = head._replace(hidden=head.hidden.masked_fill(~tokens.counted[:, None], 0.0))
+        flat = flat.masked_fill(~tokens.counted[:, None], 0.0)
+    head = lt.Head.of(flat[:0], weight, bias)  # a chunk casts its own rows
     order = _Order.of(tokens, options)
     plain = options.cap.softcap is None and options.kind.entropy_coef == 0
     sweeps_once = options.impl == "cpp" and plain
     pass_of = _ExponentialPass if sweeps_once else _Pass
-    cast = 0 if head.hidden.dtype == hidden.dtype else head.hidden.nbytes
-    budget = max(1, options.memory_budget_mb * lt.MEBI - cast)
-    work = pass_of(head, query, tokens, options, order, budget)
+    work = pass_of(flat, head, query, tokens, options, order)
     for rows, gradient in order.chunks(work.plan):
         work.chunk(rows, gradient)
     return work.stats[0] * unit, work.stats, *work.gradients(hidden.shape), unit
@@ -174,25 +173,26 @@ class _Pass:
 
     def __init__(
         self,
+        hidden: Tensor,
         head: lt.Head,
         query: rs.Query,
         tokens: pt.Tokens,
         options: Options,
         order: _Order,
-        budget: int,
     ) -> None:
-        self.head, self.query, self.tokens, self.options = head, query, tokens, options
+        self.hidden, self.head, self.query = hidden, head, query
+        self.tokens, self.options = tokens, options
         weight, wide, needs = head.weight, head.accumulator, options.needs
         self.bonus = options.kind.entropy_coef > 0
         self.stats = query.scale.new_zeros(pt.NUM_STATS)
-        flat = (len(head.hidden), head.hidden.shape[1]) if needs.hidden else (0,)
-        self.d_hidden = torch.zeros(flat, dtype=wide, device=weight.device)
+        shape = hidden.shape if needs.hidden else (0,)
+        self.d_hidden = torch.zeros(shape, dtype=wide, device=weight.device)
         self.d_weight = empty_huge(
             weight.shape if needs.weight else [0], dtype=wide, device=weight.device
         )
         self.started = False  # d_weight holds a sum
         self.d_bias = self.stats.new_zeros(len(weight) if needs.bias else 0)
-        self.allocate(order, budget)
+        self.allocate(order, options.memory_budget_mb * lt.MEBI)
 
     def allocate(self, order: _Order, budget: int) -> None:
         """The plan, tiles, and logits of a chunk."""
@@ -215,7 +215,7 @@ class _Pass:
         return d_hidden, self.d_weight, self.d_bias
 
     def chunk(self, rows: slice | Tensor, gradient: bool) -> None:
-        hidden, query = self.head.hidden[rows], self.query.rows(rows)
+        hidden, query = self.hidden[rows].to(self.head.hidden.dtype), self.query.rows(rows)
         tokens, kind = self.tokens.rows(rows), self.options.kind
         result = self.forward(hidden, query, keep=gradient)
         logp = result.logp.squeeze(1)
@@ -372,7 +372,8 @@ class _ExponentialPass(_Pass):
 
     def allocate(self, order: _Order, budget: int) -> None:
         head, other = self.head, order.counted - order.live
-        copies = 1 if order.index is None else 3  # times c; what is picked, and its gradient
+        cast = self.hidden.dtype != head.hidden.dtype
+        copies = 1 + cast if order.index is None else 3  # times c; cast or picked; its gradient
         self.plan = Plan.whole_rows(order.live, other, head, copies, budget)
         kept = self.plan.height * len(head.weight) if order.live else 0
         tile = self.plan.forward_height * self.plan.forward_width if other else 0

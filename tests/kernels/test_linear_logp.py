@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tercet.kernels import _linear_tiles as tiles
 from tercet.kernels import _row_softmax_cpu as compiled
@@ -88,6 +89,30 @@ def test_plan_fills_the_budget(impl, device):
     assert tiles.make_plan(10, torch.empty(8, 2**20, device="meta"), 4, 1, 2, 1).kept == 0
     assert tiles.make_plan(10, weight, 4, 1, 0, 20).kept == 10
     assert tiles.make_plan(4096, torch.empty(2**24, 8, device="meta"), 4, 1, 0, 1).kept == 0
+    assert impl in ("triton", "torch", "auto")
+
+
+CUTS = [(151_936, 20_000), (1150, 600), (1000, 511), (1000, 100), (1000, 5000), (7, 0)]
+
+
+@pytest.mark.parametrize(("vocab", "most"), CUTS, ids=str)
+def test_tiles_on_cuda_are_even_and_whole_blocks(impl, vocab, most):
+    width, widest = tiles.even_columns(vocab, most), tiles.columns_of(vocab, most)
+    count = -(-vocab // width)
+    assert count == -(-vocab // widest)
+    assert width == widest or (width < widest and width % 128 == 0)
+    narrowest = vocab - (count - 1) * width
+    assert width - narrowest < 128 * count
+    assert impl in ("triton", "torch", "auto")
+
+
+def test_plan_on_cuda_has_even_tiles(impl):
+    """Nothing of an 8B model's head is allocated."""
+    for device, width in (("cuda", 8064), ("cpu", 1024)):
+        with FakeTensorMode():
+            weight = torch.empty(151_936, 4096, dtype=torch.bfloat16, device=device)
+            plan = tiles.make_plan(8192, weight, 4, 1, 0, 4096)
+        assert plan.width == width  # of the 8192 that fit; on a CPU, of 2048 rows
     assert impl in ("triton", "torch", "auto")
 
 
