@@ -17,7 +17,7 @@ NUM_WARPS = 8
 def _scale(x_ptr, factor_ptr, out_ptr, n, BLOCK_N: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     factor = tl.load(factor_ptr)
-    x = tl.load(x_ptr + offs, mask=offs < n).to(factor.dtype)
+    x = tl.load(x_ptr + offs, mask=offs < n)
     tl.store(out_ptr + offs, (x * factor).to(out_ptr.dtype.element_ty), mask=offs < n)
 
 

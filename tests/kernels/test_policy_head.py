@@ -260,7 +260,7 @@ def test_half_products_share_the_tiles(impl, dtype, bonus, softcap, device):
     judge(inputs, targets, given, impl=impl, rtol=rtol, config=config, softcap=softcap)
 
 
-@pytest.mark.parametrize("budget", [1024, 2384, 8192])
+@pytest.mark.parametrize("budget", [512, 1024, 2384, 8192])
 def test_chunks_on_cuda_are_whole_blocks_of_cublas(impl, budget):
     """An 8B model's head: nothing of it is allocated."""
     rows, vocab, hidden = 16_384, 151_936, 4096
@@ -642,6 +642,7 @@ def test_backward_in_a_bare_thread(impl, device):
         ((64, 8192, 256), torch.bfloat16, (0,), 1),  # or a cast of the weight
         ((232, 8192, 256), torch.bfloat16, (0,), 4),  # of which a part is cast at a time
         ((2048, 256, 1024), torch.float32, (0, 1), 8),  # and copies of hidden states most
+        ((2048, 256, 1024), torch.bfloat16, (1,), 4),  # which, cast at once, would take 8 MiB
     ],
     ids=str,
 )
