@@ -42,20 +42,17 @@ BadTicket::BadTicket(TicketFault why, Ticket which)
       ticket(which) {}
 
 void check_config(const ForestConfig& c) {
-  require(std::isfinite(c.c_uct) && c.c_uct >= 0.0, [&] {
-    return std::string("Forest: c_uct must be finite and >= 0, got " + std::to_string(c.c_uct));
-  });
+  require(std::isfinite(c.c_uct) && c.c_uct >= 0.0,
+          [&] { return "Forest: c_uct must be finite and >= 0, got " + std::to_string(c.c_uct); });
   require(c.max_in_flight >= 1 && c.max_in_flight <= kMaxInFlight, [&] {
-    return std::string("Forest: max_in_flight must be in [1, 255], got " +
-                       std::to_string(c.max_in_flight));
+    return "Forest: max_in_flight must be in [1, 255], got " + std::to_string(c.max_in_flight);
   });
   require(c.visits_per_flight >= 1,
           [&] { return std::string("Forest: visits_per_flight must be >= 1, got 0"); });
   require(c.max_attempts >= 1,
           [&] { return std::string("Forest: max_attempts must be >= 1, got 0"); });
   require(std::isfinite(c.failed_value), [&] {
-    return std::string("Forest: failed_value must be finite, got " +
-                       std::to_string(c.failed_value));
+    return "Forest: failed_value must be finite, got " + std::to_string(c.failed_value);
   });
 }
 
@@ -86,8 +83,8 @@ Forest::Tree& Forest::checked(TreeId tree) {
 
 TreeId Forest::add_tree(std::int64_t root_handle, std::uint32_t simulations) {
   require(simulations >= 1 && simulations <= kMaxVisits, [&] {
-    return std::string("Forest::add_tree: simulations must be in [1, " +
-                       std::to_string(kMaxVisits) + "], got " + std::to_string(simulations));
+    return "Forest::add_tree: simulations must be in [1, " + std::to_string(kMaxVisits) +
+           "], got " + std::to_string(simulations);
   });
   nodes_.reserve(waiting_blocks_ + 1);
   const auto id = static_cast<TreeId>(trees_.size());
@@ -161,7 +158,7 @@ void Forest::descend() {
       if (lane.node->has_children()) {
         nodes_.prefetch(lane.node->first_child());
       } else {
-        nodes_.prefetch_handle(first + best);
+        nodes_.prefetch_names(first + best);
       }
       moved = true;
     }
@@ -310,30 +307,27 @@ void Forest::claim(std::span<const Ticket> tickets) {
 void Forest::check(const Results& results) {
   const std::size_t n = results.tickets.size();
   require(results.values.size() == n && results.num_children.size() == n, [&] {
-    return std::string(
-        "Forest::tell: tickets, values and num_children must be of one length, got " +
-        std::to_string(n) + ", " + std::to_string(results.values.size()) + " and " +
-        std::to_string(results.num_children.size()));
+    return "Forest::tell: tickets, values and num_children must be of one length, got " +
+           std::to_string(n) + ", " + std::to_string(results.values.size()) + " and " +
+           std::to_string(results.num_children.size());
   });
   std::size_t children = 0;
   std::size_t blocks = 0;
   for (std::size_t i = 0; i < n; ++i) {
     require(std::isfinite(results.values[i]), [&] {
-      return std::string("Forest::tell: values must be finite, got " +
-                         std::to_string(results.values[i]) + " at " + std::to_string(i));
+      return "Forest::tell: values must be finite, got " + std::to_string(results.values[i]) +
+             " at " + std::to_string(i);
     });
     require(results.num_children[i] <= kMaxChildren, [&] {
-      return std::string("Forest::tell: num_children must be <= " + std::to_string(kMaxChildren) +
-                         ", got " + std::to_string(results.num_children[i]) + " at " +
-                         std::to_string(i));
+      return "Forest::tell: num_children must be <= " + std::to_string(kMaxChildren) + ", got " +
+             std::to_string(results.num_children[i]) + " at " + std::to_string(i);
     });
     children += results.num_children[i];
     blocks += results.num_children[i] > 0;
   }
   require(results.handles.size() == children, [&] {
-    return std::string("Forest::tell: handles must be as many as all num_children together, " +
-                       std::to_string(children) + ", got " +
-                       std::to_string(results.handles.size()));
+    return "Forest::tell: handles must be as many as all num_children together, " +
+           std::to_string(children) + ", got " + std::to_string(results.handles.size());
   });
   nodes_.reserve(waiting_blocks_ + blocks);
 }

@@ -58,6 +58,7 @@ NodeIndex Nodes::add_block(Slabs& slabs, std::uint32_t size) {
     const std::uint32_t slab = free_.back();
     free_.pop_back();
     ordinals_[slab] = slabs.count;
+    if (slabs.count > 0) used_[slabs.last] = static_cast<std::uint8_t>(slabs.used);
     (slabs.count == 0 ? slabs.first : next_[slabs.last]) = slab;
     slabs.last = slab;
     slabs.count += 1;
@@ -65,7 +66,6 @@ NodeIndex Nodes::add_block(Slabs& slabs, std::uint32_t size) {
   }
   const NodeIndex first = slabs.last * kSlab + slabs.used;
   slabs.used += room;
-  used_[slabs.last] = static_cast<std::uint8_t>(slabs.used);
   return first;
 }
 
@@ -101,7 +101,7 @@ std::vector<NodeIndex> Nodes::all(const Slabs& slabs) const {
   std::vector<NodeIndex> found;
   std::uint32_t slab = slabs.first;
   for (std::uint32_t i = 0; i < slabs.count; ++i, slab = next_[slab]) {
-    const NodeIndex end = slab * kSlab + used_[slab];
+    const NodeIndex end = slab * kSlab + (slab == slabs.last ? slabs.used : used_[slab]);
     for (NodeIndex node = slab * kSlab; node < end; node = (node + 4) / 4 * 4) {
       found.push_back(node);
       while (!hot(node).is_last()) found.push_back(++node);

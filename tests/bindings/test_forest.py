@@ -5,6 +5,7 @@ import random
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -332,7 +333,7 @@ def test_too_many_nodes_are_refused_before_anything_changes():
 def test_tell_refuses(change, error, match):
     forest, leaves = _asked()
     before = _state(forest)
-    arguments = list(_results(leaves.ticket[:1]))
+    arguments: list[Any] = list(_results(leaves.ticket[:1]))
     for i, value in change.items():
         arguments[i] = value
     with pytest.raises(error, match=match):

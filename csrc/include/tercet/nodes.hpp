@@ -114,10 +114,11 @@ class Nodes {
   // All nodes of a tree in the order of their blocks.
   [[nodiscard]] std::vector<NodeIndex> all(const Slabs& slabs) const;
 
-  // Asks for the memory of a node's block, of its handle, or of a tree's next block.
+  // Asks for the memory of a node, of what it is called, or of a tree's next block.
   void prefetch(NodeIndex i) const { __builtin_prefetch(&hot(i)); }
-  void prefetch_handle(NodeIndex i) const {
+  void prefetch_names(NodeIndex i) const {
     __builtin_prefetch(&chunks_[i / kChunk].handle[i % kChunk]);
+    __builtin_prefetch(&ordinals_[i / kSlab]);
   }
   void prefetch_next(const Slabs& slabs) const {
     const NodeIndex next = slabs.last * kSlab + slabs.used % kSlab;
@@ -147,7 +148,7 @@ class Nodes {
   std::vector<Chunk> chunks_;
   std::vector<std::uint32_t> ordinals_;  // of each slab in its tree
   std::vector<std::uint32_t> next_;      // slab of the same tree
-  std::vector<std::uint8_t> used_;       // nodes of each slab
+  std::vector<std::uint8_t> used_;       // nodes of each slab but the last of a tree
   std::vector<std::uint32_t> free_;
 };
 
