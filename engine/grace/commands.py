@@ -239,12 +239,9 @@ def _notes(found: HeldOut, how: dict[str, Any], config: EvalConfig, writes: bool
 
 def _to_read_it(found: HeldOut, corpus: Corpus) -> list[str]:
     """What the figures depend on, one line each."""
-    n = len(corpus.documents)
-    lines = [
-        f"rows: from {found.source}",
-        f"retrieval is among {n} candidates (by chance recall@1 is {1 / n:.3f}): with more of them "
-        "it is lower",
-    ]
+    from tercet.engine.grace.readout import candidates
+
+    lines = [f"rows: from {found.source}", candidates(corpus)]
     if corpus.queries == corpus.documents:
         lines.append(
             "texts alone: two samples of a text search each other; without a rationale both are "

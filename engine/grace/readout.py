@@ -17,6 +17,7 @@ from tercet.engine.grace.evaluate import anisotropy, distinct_share, retrieval_m
 from tercet.engine.rollout import request_seed
 
 EVAL_STEP = 0  # of the seeds: training counts from 1
+FEW = 20  # queries, below which each is more than a twentieth of recall
 RETRIEVAL = ("recall@1", "recall@10", "ndcg@10", "mrr")
 
 
@@ -38,6 +39,16 @@ def corpus_of(examples: Sequence[Example]) -> Corpus:
         query = example.document if example.query is None else example.query
         relevant.setdefault(query, set()).add(place[example.document])
     return Corpus(queries=list(relevant), documents=documents, relevant=list(relevant.values()))
+
+
+def candidates(corpus: Corpus) -> str:
+    """What recall depends on besides the model, one sentence."""
+    n, queries = len(corpus.documents), len(corpus.queries)
+    few = f"; a single query is {1 / queries:.3f} of recall" if queries < FEW else ""
+    return (
+        f"retrieval is among {n} candidates (by chance recall@1 is {1 / n:.3f}): with more of them "
+        f"it is lower{few}"
+    )
 
 
 def sampling_of(config: GraceConfig) -> dict[str, Any]:

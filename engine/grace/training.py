@@ -15,6 +15,7 @@ from tercet.engine.files import checkpoints
 from tercet.engine.grace.config import GraceConfig
 from tercet.engine.grace.data import Dataset, data_digests, drop_overlong, load_dataset
 from tercet.engine.grace.prompts import PromptBuilder
+from tercet.engine.grace.readout import candidates, corpus_of
 from tercet.engine.grace.system import GraceSystem
 from tercet.engine.metrics import RunLog, hold_folder
 from tercet.engine.model import Policy
@@ -204,3 +205,5 @@ def _tell(log: RunLog, dataset: Dataset, config: GraceConfig) -> None:
             f"no evaluation: it needs two held-out rows, got {measured} ({len(dataset.test)} held "
             f"out, evaluation.num_texts {config.evaluation.num_texts})"
         )
+    elif config.train.eval_steps:
+        log.info(f"evaluations: {candidates(corpus_of(dataset.test[:measured]))}")

@@ -20,7 +20,7 @@ from tercet.engine.checkpoint import read_run
 from tercet.engine.config import read_yaml, to_plain, to_yaml
 from tercet.engine.files import read_jsonl
 from tercet.engine.grace import GraceConfig, GraceEncoder, train
-from tercet.engine.grace.config import GraceData
+from tercet.engine.grace.config import GraceData, GraceEval
 from tercet.engine.grace.training import main
 from tercet.engine.metrics import hold_folder
 from tercet.engine.model import Policy
@@ -325,6 +325,22 @@ def test_one_text_per_step_trains_without_other_groups(make_config):
     assert "no row is held out (data.test_fraction 0.0 of 12 rows), so nothing can be" in events(
         run
     )
+
+
+def test_what_recall_depends_on_is_told_once(make_config):
+    config = make_config(train={"eval_steps": 1, "max_steps": 2}, data={"test_fraction": 0.5})
+    told = events(train(config))
+    sentence = (
+        "evaluations: retrieval is among 6 candidates (by chance recall@1 is 0.167): with more of "
+        "them it is lower; a single query is 0.167 of recall"
+    )
+    assert told.count(sentence) == 1
+    config = replace(config, output_dir=f"{config.output_dir}2", evaluation=GraceEval(num_texts=4))
+    assert "evaluations: retrieval is among 4 candidates" in events(train(config))
+    config = replace(
+        config, output_dir=f"{config.output_dir}3", train=replace(config.train, eval_steps=0)
+    )
+    assert "candidates" not in events(train(config))
 
 
 def test_a_tenth_is_held_out_and_one_row_is_not_enough_to_measure(make_config):
