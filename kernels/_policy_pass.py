@@ -61,7 +61,7 @@ class Plan(NamedTuple):
         fit -= fit % lt.CUDA_BLOCK if whole else 0
         height = _even(live, max(1, fit))
         height = lt.whole_blocks(height) if whole else height
-        kept = height * vocab * itemsize if live else 0
+        kept = height * vocab * itemsize
         copied = (budget - tiles * tile_bytes - kept) // (2 * hidden * itemsize)
         forward_height = _even(other, max(1, min(most_rows, area, copied)))
         return Plan(
@@ -85,7 +85,7 @@ class Plan(NamedTuple):
         fit = (budget - beside) // ((vocab + copies * hidden) * itemsize)
         height = _even(live, max(1, fit))
         width = lt.columns_of(vocab, area // hidden) if head.casts() else vocab
-        kept = height * vocab * itemsize if live else tile_bytes
+        kept = max(height * vocab * itemsize, tile_bytes)
         copied = (budget - beside - kept) // (2 * hidden * itemsize)  # as they are, and cast
         forward_height = _even(other, max(1, min(lt.CPU_HEIGHT, area, copied)))
         forward_width = lt.columns_of(vocab, area // max(forward_height, hidden))

@@ -54,6 +54,7 @@ def half_products(monkeypatch):
     """Products as CUDA has them: operands stay in half precision, sums are float32."""
 
     def product(a, b, *, out, add=False):
+        assert a.dtype == b.dtype
         exact = a.to(out.dtype) @ b.to(out.dtype)
         return out.add_(exact) if add else out.copy_(exact)
 
@@ -260,23 +261,54 @@ def test_half_products_share_the_tiles(impl, dtype, bonus, softcap, device):
     judge(inputs, targets, given, impl=impl, rtol=rtol, config=config, softcap=softcap)
 
 
-@pytest.mark.parametrize("budget", [512, 1024, 2384, 8192])
-def test_chunks_on_cuda_are_whole_blocks_of_cublas(impl, budget):
-    """An 8B model's head: nothing of it is allocated."""
-    rows, vocab, hidden = 16_384, 151_936, 4096
+def head_of(vocab, hidden, device):
+    """A head of bfloat16 of which nothing is allocated."""
     with FakeTensorMode():
-        shapes = {"hidden": (rows, hidden), "weight": (vocab, hidden)}
-        fake = {k: torch.empty(v, dtype=torch.bfloat16, device="cuda") for k, v in shapes.items()}
-        head = tiles.Head.of(fake["hidden"], fake["weight"], None)
-        plan = policy_pass.Plan.of(rows, 0, head, 1, 2, budget << 20)
+        rows = torch.empty(0, hidden, dtype=torch.bfloat16, device=device)
+        weight = torch.empty(vocab, hidden, dtype=torch.bfloat16, device=device)
+        return tiles.Head.of(rows, weight, None)
+
+
+@pytest.mark.parametrize("budget", [64, 512, 1024, 2384, 8192])
+@pytest.mark.parametrize("rows", [16_384, 1_000_000])
+def test_chunks_on_cuda_are_whole_blocks_of_cublas(impl, rows, budget):
+    """An 8B model's head; 64 MiB hold fewer rows of logits than a block."""
+    vocab, hidden = 151_936, 4096
+    plan = policy_pass.Plan.of(rows, 0, head_of(vocab, hidden, "cuda"), 1, 2, budget << 20)
     chunks = -(-rows // plan.height)
-    assert plan.height % 128 == plan.width % 128 == 0
+    assert plan.height % 128 == 0 or (budget == 64 and plan.height > 64)
+    assert plan.height - (rows - (chunks - 1) * plan.height) < 128 * chunks
     row = 4 * (vocab + 3 * hidden)
     assert plan.height * row + plan.tile_bytes(2, 4) <= budget << 20
     fewer = rows / (chunks - 1) + 128  # rows of a chunk, were there one chunk less
     assert fewer * row > (budget << 20) - tiles.CUDA_TILE_BYTES
-    last = vocab % plan.width
-    assert last == 0 or last > plan.width * 0.9
+    tile = min(tiles.CUDA_TILE_BYTES, budget << 18)
+    assert tile >= 2 * plan.width * max(plan.height, hidden) > tile / 2  # or a cast part
+    count = -(-vocab // plan.width)
+    assert plan.width % 128 == 0
+    assert plan.width - (vocab - (count - 1) * plan.width) < 128 * count
+    assert impl
+
+
+def test_chunks_without_gradient_on_cuda_are_tall(impl):
+    plan = policy_pass.Plan.of(0, 50_000, head_of(151_936, 4096, "cuda"), 1, 2, 2384 << 20)
+    assert plan.forward_height == 12_500  # four of at most 16,384
+    assert plan.forward_width % 128 == 0
+    assert 4 * plan.forward_height * plan.forward_width > tiles.CUDA_TILE_BYTES / 2
+    assert impl
+
+
+def test_chunks_on_a_cpu_are_as_tall_as_needed(impl):
+    plan = policy_pass.Plan.of(301, 0, head_of(1000, 64, "cpu"), 1, 4, 88 << 20)
+    assert plan.height == 301
+    assert impl
+
+
+def test_a_budget_below_one_row_leaves_one_row(impl):
+    head = head_of(2**20, 64, "cpu")
+    plans = [policy_pass.Plan.of(9, 9, head, 2, 4, 1 << 20)]
+    plans += [policy_pass.Plan.whole_rows(9, 9, head, 3, 1 << 20)]
+    assert [(plan.height, plan.forward_height) for plan in plans] == [(1, 1)] * 2
     assert impl
 
 
@@ -642,7 +674,7 @@ def test_backward_in_a_bare_thread(impl, device):
         ((64, 8192, 256), torch.bfloat16, (0,), 1),  # or a cast of the weight
         ((232, 8192, 256), torch.bfloat16, (0,), 4),  # of which a part is cast at a time
         ((2048, 256, 1024), torch.float32, (0, 1), 8),  # and copies of hidden states most
-        ((2048, 256, 1024), torch.bfloat16, (1,), 4),  # which, cast at once, would take 8 MiB
+        ((2800, 256, 1024), torch.bfloat16, (1,), 4),  # which, cast at once, would take 11 MiB
     ],
     ids=str,
 )

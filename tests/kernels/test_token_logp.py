@@ -210,8 +210,8 @@ def test_target_outside_the_vocabulary(impl, bad, device):
 def test_unvisited_target_is_nan(impl, device):
     """What a CUDA device does with a target outside: the kernels meet it nowhere."""
     rs = import_module("tercet.kernels._row_softmax")
-    query = rs.Query(torch.tensor([[9], [2]], device=device), torch.ones(2, device=device))
-    x = torch.randn(2, 5, device=device)
+    query = rs.Query(torch.tensor([[9], [2], [-3]], device=device), torch.ones(3, device=device))
+    x = torch.randn(3, 5, device=device)
     state = rs.empty_state(query)
     module = {"triton": kernels, "cpp": compiled}.get(choose_rows("test", impl, x))
     if module is not None:
@@ -221,10 +221,10 @@ def test_unvisited_target_is_nan(impl, device):
         rs.add_tile(state, x, query, first_column=0, work=torch.empty_like(x), scratch=None)
         rs.close(state, query)
     result = rs.finish(state, query)
-    assert result.logp.isnan()[:, 0].tolist() == [True, False]
-    grads = rs.row_grads(result, query, torch.ones(2, 1, device=device), None)
-    assert grads.coef[3].isnan().tolist() == [True, False]
-    dropped = rs.row_grads(result, query, torch.zeros(2, 1, device=device), None)
+    assert result.logp.isnan()[:, 0].tolist() == [True, False, True]
+    grads = rs.row_grads(result, query, torch.ones(3, 1, device=device), None)
+    assert grads.coef[3].isnan().tolist() == [True, False, True]
+    dropped = rs.row_grads(result, query, torch.zeros(3, 1, device=device), None)
     assert (dropped.coef[3:] == 0).all()
 
 
