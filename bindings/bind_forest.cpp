@@ -4,10 +4,13 @@
 #include <cstdint>
 #include <exception>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <vector>
 
 #include "arrays.hpp"
 #include "tercet/forest.hpp"
+#include "tercet/snapshot.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -16,6 +19,7 @@ using tercet::Counters;
 using tercet::Forest;
 using tercet::ForestConfig;
 using tercet::Leaves;
+using tercet::Snapshot;
 using tercet::TreeColumns;
 
 namespace {
@@ -45,6 +49,21 @@ void fail(Forest& forest, const py::array& tickets) {
   forest.fail(row<tercet::Ticket>(tickets, "fail", "tickets"));
 }
 
+py::bytes bytes_of(const Forest& forest) {
+  tercet::Bytes bytes;
+  {
+    const py::gil_scoped_release released;
+    bytes = Snapshot::of(forest);
+  }
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+Forest from_bytes(const py::bytes& given) {
+  const std::string_view bytes = given;
+  const py::gil_scoped_release released;
+  return Snapshot::restore({reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()});
+}
+
 // ValueErrors with the ticket and its tree as attributes; one class per fault, in its order.
 void bind_errors(py::module_& m) {
   static PyObject* types[3];
@@ -58,6 +77,7 @@ void bind_errors(py::module_& m) {
   types[0] = define("UnknownTicketError", base);
   types[1] = define("RepeatedTicketError", base);
   types[2] = define("LateTicketError", base);
+  static PyObject* snapshot_error = define("SnapshotError", PyExc_ValueError);
   py::register_local_exception_translator([](std::exception_ptr caught) {
     try {
       if (caught) std::rethrow_exception(caught);
@@ -67,6 +87,14 @@ void bind_errors(py::module_& m) {
       error.attr("ticket") = e.ticket;
       error.attr("tree") = e.ticket >> 32;
       PyErr_SetObject(type.ptr(), error.ptr());
+    } catch (const tercet::SnapshotError& e) {
+      PyErr_SetString(snapshot_error, e.what());
+    } catch (const std::system_error& e) {
+      const std::string what = e.what();  // the file, and what the system says of it
+      const std::string file = what.substr(0, what.size() - e.code().message().size() - 2);
+      const py::object error =
+          py::handle(PyExc_OSError)(e.code().value(), e.code().message(), file);
+      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
     }
   });
 }
@@ -129,5 +157,13 @@ void bind_forest(py::module_& m) {
       .def("fail", &fail, "tickets"_a, "The evaluation of these failed.")
       .def("is_finished", &Forest::is_finished, "tree"_a)
       .def("columns", &Forest::columns, "tree"_a, "All nodes of a tree.")
-      .def("counters", &Forest::counters);
+      .def("counters", &Forest::counters)
+      .def("to_bytes", &bytes_of, "The whole state, tickets that are out included.")
+      .def_static("from_bytes", &from_bytes, "data"_a, "A forest as `to_bytes` gave it.")
+      .def(
+          "save", [](const Forest& f, const std::string& path) { Snapshot::save(f, path); },
+          "path"_a, py::call_guard<py::gil_scoped_release>(),
+          "Writes the whole state; `path` is the old file or the whole new one.")
+      .def_static("load", &Snapshot::load, "path"_a, py::call_guard<py::gil_scoped_release>(),
+                  "A forest as `save` wrote it.");
 }

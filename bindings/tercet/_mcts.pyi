@@ -18,6 +18,9 @@ class RepeatedTicketError(TicketError):
 class LateTicketError(TicketError):
     """Its tree was removed."""
 
+class SnapshotError(ValueError):
+    """Bytes that are no snapshot of a forest, one of a newer version, cut off or altered."""
+
 class Leaves:
     """A batch of leaves to look at, as columns of equal length, read-only."""
 
@@ -178,6 +181,33 @@ class Forest:
     def is_finished(self, tree: int) -> bool: ...
     def columns(self, tree: int) -> TreeColumns: ...
     def counters(self) -> Counters: ...
+    def to_bytes(self) -> bytes:
+        """The whole state, with the tickets that are out; equal forests give equal bytes."""
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Forest:
+        """A forest as `to_bytes` gave it; what continues equals what was never interrupted.
+
+        Raises:
+            SnapshotError: damaged, cut off or of another version.
+            ValueError: max_bytes of its settings does not allow its nodes.
+        """
+
+    def save(self, path: str) -> None:
+        """Writes `to_bytes` to path + ".tmp" and renames, so that `path` is the old or the new file.
+
+        Raises:
+            OSError: the file; nothing is left behind.
+        """
+
+    @staticmethod
+    def load(path: str) -> Forest:
+        """A forest as `save` wrote it.
+
+        Raises:
+            OSError: the file.
+            SnapshotError: see `from_bytes`.
+        """
 
 class RewardForm:
     """Whose formula; see csrc/include/tercet/reward.hpp."""

@@ -51,19 +51,22 @@ void Nodes::reserve(std::size_t blocks) {
   while (free_.size() < blocks) add_chunk();
 }
 
+std::uint32_t Nodes::open_slab(Slabs& slabs) {
+  reserve(1);
+  const std::uint32_t slab = free_.back();
+  free_.pop_back();
+  ordinals_[slab] = slabs.count;
+  if (slabs.count > 0) used_[slabs.last] = static_cast<std::uint8_t>(slabs.used);
+  (slabs.count == 0 ? slabs.first : next_[slabs.last]) = slab;
+  slabs.last = slab;
+  slabs.count += 1;
+  slabs.used = 0;
+  return slab;
+}
+
 NodeIndex Nodes::add_block(Slabs& slabs, std::uint32_t size) {
   const std::uint32_t room = (size + 3) / 4 * 4;
-  if (slabs.count == 0 || slabs.used + room > kSlab) {
-    reserve(1);
-    const std::uint32_t slab = free_.back();
-    free_.pop_back();
-    ordinals_[slab] = slabs.count;
-    if (slabs.count > 0) used_[slabs.last] = static_cast<std::uint8_t>(slabs.used);
-    (slabs.count == 0 ? slabs.first : next_[slabs.last]) = slab;
-    slabs.last = slab;
-    slabs.count += 1;
-    slabs.used = 0;
-  }
+  if (slabs.count == 0 || slabs.used + room > kSlab) open_slab(slabs);
   const NodeIndex first = slabs.last * kSlab + slabs.used;
   slabs.used += room;
   return first;
@@ -75,6 +78,10 @@ NodeIndex Nodes::add_root(Slabs& slabs, std::int64_t handle) {
   chunk.hot[root % kChunk] = HotNode{};
   chunk.hot[root % kChunk].set_last();
   chunk.handle[root % kChunk] = handle;
+  for (std::uint32_t i = 1; i < 4; ++i) {
+    chunk.hot[root % kChunk + i] = HotNode{};
+    chunk.handle[root % kChunk + i] = 0;
+  }
   chunk.parent[root % kChunk / 4] = root;
   return root;
 }
@@ -90,6 +97,10 @@ NodeIndex Nodes::add_children(Slabs& slabs, NodeIndex parent,
     chunk.handle[at + i] = handles[i];
   }
   chunk.hot[at + size - 1].set_last();
+  for (std::uint32_t i = size; i % 4 != 0; ++i) {  // nobody's, up to the next block
+    chunk.hot[at + i] = HotNode{};
+    chunk.handle[at + i] = 0;
+  }
   for (std::uint32_t group = at / 4; group < (at + size + 3) / 4; ++group) {
     chunk.parent[group] = parent;
   }

@@ -101,7 +101,11 @@ struct TreeColumns {
 
 class Forest {
  public:
+  friend class Snapshot;
+
   explicit Forest(const ForestConfig& config);
+  Forest(Forest&&) = default;
+  Forest& operator=(Forest&&) = default;
 
   // A tree whose root has this handle, to be visited `simulations` times.  Throws
   // std::invalid_argument for 0 or more than kMaxVisits, std::length_error as Nodes::add_root.

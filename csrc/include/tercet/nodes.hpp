@@ -76,6 +76,8 @@ struct Slabs {
 
 class Nodes {
  public:
+  friend class Snapshot;
+
   static constexpr std::uint32_t kSlab = 64;
   static constexpr std::uint32_t kChunk = 1u << 18;  // nodes; 4 MiB of hot ones
   static constexpr std::size_t kBytesPerNode = 16 + 8 + 1;
@@ -142,6 +144,7 @@ class Nodes {
   };
 
   NodeIndex add_block(Slabs& slabs, std::uint32_t size);
+  std::uint32_t open_slab(Slabs& slabs);  // the next of a tree, empty
   void add_chunk();
 
   std::size_t max_bytes_;

@@ -1,0 +1,194 @@
+"""Snapshots of a forest: what continues equals what was never interrupted; damage is refused."""
+
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tercet import Forest, SnapshotError
+
+OPTIONS = {"max_in_flight": 5, "visits_per_flight": 2, "max_attempts": 3}
+HEADER = struct.Struct("<8sQQQ")
+
+
+def look(handle):
+    rng = random.Random(int(handle))
+    return rng.random(), [rng.getrandbits(40) for _ in range(rng.choice([0, 1, 3, 3, 6]))]
+
+
+class Driver:
+    """Asks, tells and fails as its own random stream says, which a copy can continue."""
+
+    def __init__(self, forest, seed):
+        self.forest, self.rng, self.out = forest, random.Random(seed), []
+
+    def copy(self, forest):
+        other = Driver(forest, 0)
+        other.rng.setstate(self.rng.getstate())
+        other.out = list(self.out)
+        return other
+
+    def step(self):
+        leaves = self.forest.ask(self.rng.randint(0, 6))
+        self.out += zip(leaves.ticket.tolist(), leaves.handle.tolist(), strict=True)
+        self.rng.shuffle(self.out)
+        if self.out and self.rng.random() < 0.2:
+            self.forest.fail(np.array([self.out.pop()[0]], np.uint64))
+        now = [self.out.pop() for _ in range(self.rng.randint(0, len(self.out)))]
+        found = [look(handle) for _, handle in now]
+        self.forest.tell(
+            np.array([ticket for ticket, _ in now], np.uint64),
+            np.array([value for value, _ in found], np.float64),
+            np.array([len(children) for _, children in found], np.uint32),
+            np.array([child for _, children in found for child in children], np.int64),
+        )
+
+
+def started(steps, seed=0):
+    driver = Driver(Forest(**OPTIONS), seed)
+    for root in range(6):
+        driver.forest.add_tree(root, 150)
+    for step in range(steps):
+        driver.step()
+        if step == 20:
+            driver.forest.remove_tree(2)
+            driver.out = [x for x in driver.out if x[0] >> 32 != 2]
+    return driver
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7, 60, 300])
+def test_what_continues_equals_what_was_never_interrupted(steps):
+    whole = started(steps, seed=steps)
+    data = whole.forest.to_bytes()
+    again = Forest.from_bytes(data)
+    assert again.to_bytes() == data  # wherever its nodes lie now
+    part = whole.copy(again)
+    for _ in range(200):
+        whole.step()
+        part.step()
+        assert part.out == whole.out
+    assert part.forest.to_bytes() == whole.forest.to_bytes()
+    for name in ("simulations", "evaluations", "in_flight", "waiting", "failures", "given_up",
+                 "nodes", "trees", "finished"):  # fmt: skip
+        assert getattr(part.forest.counters(), name) == getattr(whole.forest.counters(), name)
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "forest"
+    driver = started(50)
+    driver.forest.save(str(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["forest"]
+    assert path.read_bytes() == driver.forest.to_bytes()
+    assert Forest.load(str(path)).to_bytes() == path.read_bytes()
+    with pytest.raises(FileNotFoundError) as caught:
+        Forest.load(str(tmp_path / "none"))
+    assert caught.value.filename == str(tmp_path / "none")
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        driver.forest.save(str(tmp_path))
+    assert not tmp_path.with_suffix(".tmp").exists()
+    if Path("/dev/full").exists():
+        (tmp_path / "full.tmp").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left"):
+            driver.forest.save(str(tmp_path / "full"))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["forest"]
+
+
+def resealed(payload):
+    """A snapshot with a good checksum around any bytes."""
+
+    def stir(total, word):
+        total = (total ^ word) * 0xFF51AFD7ED558CCD % 2**64
+        return total ^ total >> 32
+
+    sums, total = [1, 2, 3, 4], len(payload)
+    for words in struct.iter_unpack("<4Q", payload + bytes(-len(payload) % 32)):
+        sums = list(map(stir, sums, words))
+    for lane in sums:
+        total = stir(total, lane)
+    return HEADER.pack(b"tercetF\n", 1, len(payload), total) + payload
+
+
+def test_the_format_is_as_documented():
+    data = started(30).forest.to_bytes()
+    assert resealed(data[HEADER.size :]) == data
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda d: b"", "does not begin as one: 0 bytes"),
+        (lambda d: b"x" + d[1:], "does not begin as one"),
+        (lambda d: d[:8] + b"\x02" + d[9:], "has version 2; this build reads version 1"),
+        (lambda d: d[:-1], r"is cut off or too long: 967 bytes of 968"),
+        (lambda d: d + b"\0", "is cut off or too long"),
+        (lambda d: d[:-9] + bytes([d[-9] ^ 1]) + d[-8:], "is damaged: its checksum differs"),
+        (lambda d: resealed(d[32:-8]), "is damaged: it ends too early|a list is too long"),
+        (lambda d: resealed(d[32:] + bytes(8)), "is damaged: something follows its end"),
+        (lambda d: resealed(struct.pack("<d", -1.0) + d[40:]), "a setting is out of its range"),
+    ],
+)
+def test_damage_is_refused(damage, match):
+    data = started(0).forest.to_bytes()
+    with pytest.raises(SnapshotError, match=match):
+        Forest.from_bytes(damage(data))
+
+
+def test_no_altered_byte_crashes():
+    """With a good checksum each is refused, or makes a forest that still runs."""
+    data = started(40).forest.to_bytes()[HEADER.size :]
+    rng, refused, ran = random.Random(0), 0, 0
+    for _ in range(1500):
+        at = rng.randrange(len(data))
+        altered = bytearray(data)
+        altered[at] = rng.randrange(256)
+        try:
+            forest = Forest.from_bytes(resealed(bytes(altered)))
+        except (SnapshotError, ValueError):
+            refused += 1
+            continue
+        ran += 1
+        for _ in range(3):
+            leaves = forest.ask(50)
+            n = len(leaves)
+            forest.tell(leaves.ticket, np.zeros(n), np.full(n, 2, np.uint32), np.arange(2 * n))
+        forest.to_bytes()
+    assert refused > 100
+    assert ran > 100
+
+
+KILLED = """
+import sys
+from tercet import Forest
+path = sys.argv[1]
+forest = Forest()
+for root in range(300):
+    forest.add_tree(root, 64)
+print("ready", flush=True)
+while True:
+    forest.save(path)
+"""
+
+
+def test_kill_leaves_a_whole_snapshot(tmp_path):
+    path = tmp_path / "forest"
+    rng = random.Random(0)
+    for _ in range(10):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(rng.random() / 50)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        assert Forest.load(str(path)).counters().trees == 300
