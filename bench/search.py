@@ -1,9 +1,10 @@
-"""Simulations per CPU second of the search core, through Python, beside a plain Python search.
+"""Simulations per CPU second of the search core, through Python, beside searches in Python.
 
     python bench/search.py [--repeats 5] [--out FILE]
 
 Workload: k = 4 children, depth limit 12, a state is a 32-bit hash whose top 24 bits are its value;
-a simulation descends, looks at the leaf, gives it children and backs its value up.  Looking is the
+a simulation descends, looks at the leaf, gives it children and backs its value up (mcts and
+treequest make one node per simulation).  Looking is the
 caller's work and is not counted: the seconds are those of ask and tell, of the process, so that
 a busy machine shows less.  Best and median of the repeats; bytes are those of the nodes that exist.
 """
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from lines import RESULTS, emit_case
-from machine import environment
+from machine import environment, installed
+from search_peers import PEERS
 
 from tercet import Forest
 
@@ -98,7 +100,11 @@ def measured(trees: int, simulations: int, options: dict[str, int], repeats: int
     """One line per side."""
     label = "".join(f", {name}={value}" for name, value in options.items())
     facts = {"op": "search", "case": f"{trees} trees of {simulations} simulations{label}"}
-    facts |= {"repeats": repeats, "device": "cpu", **environment()}
+    facts |= {
+        "repeats": repeats,
+        "device": "cpu",
+        **environment(tuple(p for _, p in PEERS.values())),
+    }
     rates, forest = [], None
     for _ in range(repeats):
         forest = None  # its memory goes before the next one's comes
@@ -110,6 +116,9 @@ def measured(trees: int, simulations: int, options: dict[str, int], repeats: int
     sides = {"ours": rates}
     if trees == 1:
         sides["plain Python"] = [simulations / plain(simulations, options) for _ in range(repeats)]
+        for name, (search, package) in PEERS.items():
+            if installed(package) is not None:
+                sides[name] = [simulations / search(simulations) for _ in range(repeats)]
     return [
         facts
         | {"side": side, "best_per_s": max(found), "median_per_s": statistics.median(found)}
@@ -118,22 +127,29 @@ def measured(trees: int, simulations: int, options: dict[str, int], repeats: int
     ]
 
 
+def not_run() -> str:
+    """How to add the peers that are missing."""
+    absent = [package for _, package in PEERS.values() if installed(package) is None]
+    return f"not run, not installed: pip install {' '.join(absent)}" if absent else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "search.jsonl")
     args = parser.parse_args()
-    print(f"{'million simulations per CPU second':58} best  median  bytes per simulation")
+    print(f"{'million simulations per CPU second':58}    best  median  bytes per simulation")
     for trees, simulations, options in CASES:
         lines = measured(trees, simulations, options, args.repeats)
         emit_case(lines, args.out)
         for line in lines:
             size = line.get("bytes_per_simulation")
             print(
-                f"{line['case'] + ', ' + line['side']:58}{line['best_per_s'] / 1e6:5.2f}"
-                f"{line['median_per_s'] / 1e6:8.2f}  {'' if size is None else f'{size:.0f}'}"
+                f"{line['case'] + ', ' + line['side']:58}{line['best_per_s'] / 1e6:7.3f}"
+                f"{line['median_per_s'] / 1e6:8.3f}  {'' if size is None else f'{size:.0f}'}"
             )
             sys.stdout.flush()
+    print(not_run())
 
 
 if __name__ == "__main__":
