@@ -21,12 +21,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo grace": Command(
-        "tercet.engine.demo.grace:main",
+        "tercet.engine.demo.commands:grace",
         "train GRACE on a small world and show what it learnt",
         resumes=True,
     ),
     "grace train": Command(
-        "tercet.engine.grace.training:main",
+        "tercet.engine.grace.commands:train",
         "reward rationales contrastively and train on them",
         resumes=True,
     ),

@@ -48,18 +48,7 @@ def read_rows(
             UTF-8, not JSON, not a JSON object, a column that is missing or not a string.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"read_rows: the data file must exist, got {path}; check the path")
-    if not path.is_file():
-        got = f"the folder {path}; name one file in it"
-        if not path.is_dir():
-            got = f"the device or pipe {path}; write its rows into a file"
-        raise ValueError(f"read_rows: path must be a file, got {got}")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(
-            f"read_rows: the file name must end in {', '.join(SUFFIXES)}, got {path}; "
-            "convert or rename the file"
-        )
+    check_file(path)
     rows = Rows(path)
     numbered = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path, rows)
     for line, row in numbered:
@@ -74,6 +63,27 @@ def read_rows(
     if rows.blank_lines:
         logger.info("read_rows: %s: %d blank lines skipped", path, rows.blank_lines)
     return rows
+
+
+def check_file(path: Path) -> None:
+    """Refuses what `read_rows` cannot open.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file, or an unknown suffix.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"read_rows: the data file must exist, got {path}; check the path")
+    if not path.is_file():
+        got = f"the folder {path}; name one file in it"
+        if not path.is_dir():
+            got = f"the device or pipe {path}; write its rows into a file"
+        raise ValueError(f"read_rows: path must be a file, got {got}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"read_rows: the file name must end in {', '.join(SUFFIXES)}, got {path}; "
+            "convert or rename the file"
+        )
 
 
 def check_text(function: str, column: str, value: object, where: str) -> str:

@@ -24,11 +24,12 @@ from tercet.engine.attention import (
     register_attention,
     without_masks,
 )
+from tercet.engine.choices import Pooling
 from tercet.engine.files import follow_umask
 from tercet.engine.isolation import isolation_error
 from tercet.engine.pooling import LAST, States, find_pool
 from tercet.engine.pretrained import load_pretrained, no_file_bars
-from tercet.engine.records import Packed, Pooling
+from tercet.engine.records import Packed
 from tercet.kernels import linear_logp
 from tercet.kernels._typing import Float
 

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tercet.engine.records import Packed, Pooling, Request
+from tercet.engine.choices import Pooling
+from tercet.engine.records import Packed, Request
 from tercet.kernels import segment_mean
 from tercet.kernels._typing import Float, Int
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import enable_progress_bars, validate_repo_id
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -21,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tercet.engine.files import checkpoints
+from tercet.engine.model_paths import find_model
 
 log = logging.getLogger(__name__)
 
@@ -94,41 +93,6 @@ def no_file_bars() -> Iterator[None]:
         yield
     finally:
         transformers_logging.enable_progress_bar()
-
-
-def find_model(path: str | Path) -> str:
-    """A folder with a model in it, or a hub id.
-
-    Raises:
-        FileNotFoundError: neither; names the newest checkpoint where `path` is its run's folder, or
-            those of its runs.
-    """
-    folder = Path(path).expanduser()
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if not folder.is_dir() and isinstance(path, str) and _may_be_hub_id(path):
-        return path
-    near = (checkpoints(folder) or checkpoints(folder.parent))[:1]
-    if not near and folder.is_dir():  # a folder of runs: the newest of each
-        near = [path for run in sorted(folder.iterdir()) for path in checkpoints(run)[:1]]
-    meant = " or ".join(map(str, near))
-    what = "no config.json in" if folder.is_dir() else "no folder"
-    raise FileNotFoundError(
-        f"Policy.from_pretrained: path must be a folder with a model or a hub id, got {what} "
-        f"{folder}; {f'did you mean {meant}?' if meant else 'check the path'}"
-    )
-
-
-def _may_be_hub_id(name: str) -> bool:
-    """Whether to look for a name on the hub: not if it begins with a folder that is here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    if name.startswith((".", "~")) or Path(name).exists():
-        return False
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    return cached or "/" not in name or not Path(name).parent.is_dir()
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

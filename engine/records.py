@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tercet.engine.choices import Pooling
 from tercet.kernels._typing import Bool, Float, Int
-
-Pooling = Literal["mean", "penultimate_mean", "max", "last_token"]  # see engine/pooling.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,10 +59,14 @@ def test_nothing_installed_imports_tests_or_bench():
             assert not {n.split(".")[0] for n in imports(path)} & {"tests", "bench"}, path
 
 
-def fresh_python(code: str) -> str:
+def fresh_python(code: str, *argv: str) -> str:
     """Runs code in a new interpreter that does not see the working directory."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-P", "-c", code, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -82,12 +86,34 @@ def test_no_top_level_package_shadows_a_stranger():
         ("import tercet", {"torch", "triton", "transformers"}),
         ("import tercet.engine.cli", {"torch", "triton", "transformers"}),
         ("import tercet.kernels", {"transformers", "datasets"}),
-        ("from tercet.engine.grace import GraceConfig", {"transformers", "datasets"}),
+        ("from tercet.engine.grace import GraceConfig", {"torch", "transformers", "datasets"}),
     ],
 )
 def test_an_import_loads_no_more_than_it_needs(statement, absent):
     loaded = fresh_python(f"{statement}\nimport sys; print(*sys.modules)").split()
     assert not absent & set(loaded)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "grace train --help",
+        "grace train --model m --data.path nowhere.jsonl",
+        "grace train --model ./nowhere --data.path bench/results/errors.jsonl",
+        "grace train --model m --data.path a.jsonl --data.test-fraction 2",
+        "grace encode --model m --input nowhere.txt --output-dir nowhere",
+        "grace encode --model ./nowhere --input engine/demo/topics.txt --output-dir nowhere",
+        "grace eval --help",
+        "grace eval --model ./nowhere",
+        "demo grace --max-steps 0",
+    ],
+)
+def test_wrong_usage_is_told_before_torch_is_loaded(line):
+    code = "import sys; from tercet.engine.cli import main\ntry: main(sys.argv[1:])\n"
+    code += "except SystemExit: pass\nprint(*sys.modules)"
+    loaded = fresh_python(code, *line.split()).splitlines()[-1].split()
+    assert "tercet.engine.command_line" in loaded
+    assert not {"torch", "transformers"} & set(loaded)
 
 
 def test_the_kernels_and_the_policy_run_without_the_rest():

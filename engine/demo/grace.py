@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from tercet.engine.command_line import load_config
 from tercet.engine.config import changes, to_plain, to_yaml
 from tercet.engine.demo.config import GraceDemoConfig
 from tercet.engine.demo.measure import read_with_rationales, read_without_rationales
@@ -39,7 +38,7 @@ from tercet.engine.grace.config import GraceConfig, GraceData
 from tercet.engine.grace.data import data_digests, load_dataset
 from tercet.engine.grace.encoder import GraceEncoder
 from tercet.engine.grace.fit import FitConfig
-from tercet.engine.grace.rewards import Form, RewardConfig
+from tercet.engine.grace.reward_config import Form, RewardConfig
 from tercet.engine.grace.training import train
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
@@ -281,19 +280,3 @@ def _claim(folder: Path, config: GraceDemoConfig) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(settings, to_yaml(config))
-
-
-def main(argv: Sequence[str], prog: str) -> int:
-    """`tercet demo grace [--evidence] [--config FILE.yaml] [--key.subkey VALUE ...]`.
-
-    --evidence runs seeds 10, 11 and 12 and keeps the table; see `run_evidence`.
-    """
-    rest = [word for word in argv if word != "--evidence"]
-    config = load_config(GraceDemoConfig, rest, prog=prog, beside=["--evidence"])
-    if len(rest) == len(argv):
-        run_demo(config)
-        return 0
-    from tercet.engine.demo.evidence import run_evidence
-
-    run_evidence(replace(config, output_dir=f"{config.output_dir}-evidence"))
-    return 0

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tercet.engine.choices import Pooling
 from tercet.engine.grace.data import Epochs, Example
 from tercet.engine.grace.encoder import GraceEncoder, pool_prompts
 from tercet.engine.grace.fit import FitConfig, fit
@@ -22,7 +23,7 @@ from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
 from tercet.engine.grace.readout import corpus_of, measures, read_out
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
-from tercet.engine.records import Pooling, split_by_tokens
+from tercet.engine.records import split_by_tokens
 from tercet.kernels import info_nce
 from tercet.kernels._typing import Float, Int
 

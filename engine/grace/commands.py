@@ -1,4 +1,7 @@
-"""`tercet grace encode` and `tercet grace eval`: a trained encoder from the command line."""
+"""`tercet grace train`, `encode` and `eval`.
+
+torch and transformers are loaded once the command line is read and its paths are looked at.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tercet.engine.choices import Pooling
 from tercet.engine.command_line import load_config
-from tercet.engine.data import check_text, read_rows
-from tercet.engine.files import follow_umask, removed_on_failure, replace_text
+from tercet.engine.data import check_file, check_text, read_rows
+from tercet.engine.files import checkpoints, follow_umask, removed_on_failure, replace_text
 from tercet.engine.glossary import MEANINGS, general
+from tercet.engine.grace.config import GraceConfig
 from tercet.engine.grace.held_out import EvalData, HeldOut, held_out
-from tercet.engine.records import Pooling
+from tercet.engine.model_paths import find_model
 
 if TYPE_CHECKING:
-    from tercet.engine.grace.config import GraceConfig
     from tercet.engine.grace.encoder import Encoded, GraceEncoder
     from tercet.engine.grace.readout import Corpus
 
@@ -28,6 +32,37 @@ if TYPE_CHECKING:
 EMBEDDING = ("system_prompt", "max_prompt_length", "max_completion_length", "pooling")
 NO_RATIONALES = "the run trained no rationales, so the texts alone are"
 StsPairs = tuple[list[str], list[str], list[float]]  # both sides of every pair, and their scores
+
+
+def train(argv: Sequence[str], prog: str) -> int:
+    """`tercet grace train [--resume] [--config FILE.yaml] [--key.subkey VALUE ...]`.
+
+    Raises:
+        ConfigError: as `load_config`.
+        FileNotFoundError, ValueError: as `check_file` and `find_model`.
+        KeyboardInterrupt: says what is saved.
+        Whatever `training.train` raises.
+    """
+    rest = [word for word in argv if word != "--resume"]
+    config = load_config(GraceConfig, rest, prog=prog, beside=["--resume"])
+    for path in (config.data.path, config.data.test_path):
+        if path is not None:
+            check_file(Path(path))
+    find_model(config.model)
+
+    from tercet.engine.grace.training import train
+
+    try:
+        train(config, resume=True if len(rest) < len(argv) else None)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_what_is_saved(Path(config.output_dir))) from stop
+    return 0
+
+
+def _what_is_saved(folder: Path) -> str:
+    for checkpoint in checkpoints(folder):
+        return f"{checkpoint} is the last that was saved; the same command goes on from it"
+    return "nothing was saved (there is no checkpoint yet); the same command starts over"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +101,7 @@ def encode(argv: Sequence[str], prog: str) -> int:
         raise FileExistsError(f"encode: output_dir must be new, got {folder}; name another")
     rows = read_rows(config.input)
     texts = [_text(row, config.column, rows.where(i)) for i, row in enumerate(rows)]
+    find_model(config.model)
 
     encoder = _encoder(config, prog)
     generate = _writes(encoder, config) if config.generate is None else config.generate
@@ -156,8 +192,6 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
         raise FileNotFoundError(
             f"eval: output must be a file in a folder that exists, got {output}; make it"
         )
-    from tercet.engine.pretrained import find_model  # loads torch
-
     find_model(config.model)  # a wrong path is not a model that names no rows
     found = held_out(config.model, config.data)
     if len(found.examples) < 2:

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from tercet.engine.choices import Pooling
 from tercet.engine.grace.prompts import SYSTEM_PROMPT
-from tercet.engine.grace.rewards import RewardConfig
-from tercet.engine.records import Pooling
+from tercet.engine.grace.reward_config import RewardConfig
 from tercet.engine.train_config import TrainConfig
 
 COLUMN = re.compile(r"query|anchor|positive|pos|text|(neg|negatives?)(_\d+)?")

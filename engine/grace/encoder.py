@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.engine.checkpoint import RUN, read_run
+from tercet.engine.choices import Pooling
 from tercet.engine.config import read_record
 from tercet.engine.grace.config import EncoderSettings
 from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
@@ -28,7 +29,6 @@ from tercet.engine.model import Policy, evaluating
 from tercet.engine.pooling import find_pool
 from tercet.engine.records import (
     Completion,
-    Pooling,
     Request,
     SamplingParams,
     pack,

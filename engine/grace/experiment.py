@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tercet.engine.choices import Pooling
 from tercet.engine.command_line import load_config
 from tercet.engine.config import ConfigError, changes, to_yaml
 from tercet.engine.data import read_rows
@@ -33,7 +34,7 @@ from tercet.engine.grace.evaluate import held_out_loss
 from tercet.engine.grace.fit import FitConfig, fit
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.grace.readout import Corpus, corpus_of
-from tercet.engine.grace.rewards import Form, RewardConfig
+from tercet.engine.grace.reward_config import Form, RewardConfig
 from tercet.engine.grace.scratch import (
     PretrainConfig,
     RationaleModelling,
@@ -45,7 +46,6 @@ from tercet.engine.grace.table import bm25_row, encoder_row, markdown_table
 from tercet.engine.grace.training import train
 from tercet.engine.metrics import RunLog, check_run_folder
 from tercet.engine.model import Policy
-from tercet.engine.records import Pooling
 from tercet.engine.train_config import TrainConfig
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tercet.engine.checkpoint import read_run, resumable
-from tercet.engine.command_line import load_config
 from tercet.engine.config import changes
 from tercet.engine.files import checkpoints
 from tercet.engine.grace.config import GraceConfig
@@ -104,23 +103,6 @@ def load_policy(config: GraceConfig) -> Policy:
         attn=config.attn,
         activation_checkpointing=config.activation_checkpointing,
     )
-
-
-def main(argv: Sequence[str], prog: str) -> int:
-    """`tercet grace train [--resume] [--config FILE.yaml] [--key.subkey VALUE ...]`."""
-    rest = [word for word in argv if word != "--resume"]
-    config = load_config(GraceConfig, rest, prog=prog, beside=["--resume"])
-    try:
-        train(config, resume=True if len(rest) < len(argv) else None)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(_what_is_saved(Path(config.output_dir))) from stop
-    return 0
-
-
-def _what_is_saved(folder: Path) -> str:
-    for checkpoint in checkpoints(folder):
-        return f"{checkpoint} is the last that was saved; the same command goes on from it"
-    return "nothing was saved (there is no checkpoint yet); the same command starts over"
 
 
 def _resumes(folder: Path, config: GraceConfig, resume: bool | None) -> bool:

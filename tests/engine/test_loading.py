@@ -126,7 +126,7 @@ def test_what_is_no_model_fails_before_the_hub_is_asked(tmp_path, monkeypatch):
         "~/no such": "no folder .*/no such; check the path",
         "": "no config.json in",
     }.items():
-        with pytest.raises(FileNotFoundError, match=rf"^Policy\.from_pretrained: .* got {got}"):
+        with pytest.raises(FileNotFoundError, match=rf"^find_model: .* got {got}"):
             Policy.from_pretrained(path)
     for name in ("Qwen/Qwen3-0.6B", "gpt2"):
         with pytest.raises(AssertionError, match="the hub was asked"):

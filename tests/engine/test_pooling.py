@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from tercet.engine.choices import Pooling
 from tercet.engine.model import Policy, score
 from tercet.engine.pooling import POOLS, RunningPool
-from tercet.engine.records import Pooling, Request, SamplingParams, pack
+from tercet.engine.records import Request, SamplingParams, pack
 from tercet.engine.sampler import TransformersSampler
 
 ARCHITECTURES = ["qwen2", "qwen3", "llama"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tercet.engine.choices import Pooling
 from tercet.engine.grace.baselines import (
     Contrastive,
     ContrastiveConfig,
@@ -20,7 +21,6 @@ from tercet.engine.grace.evaluate import retrieval_metrics
 from tercet.engine.grace.fit import FitConfig
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
-from tercet.engine.records import Pooling
 from tercet.kernels import info_nce
 
 SYSTEM = "Read the text."

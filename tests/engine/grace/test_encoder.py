@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tercet.engine.choices import Pooling
 from tercet.engine.grace.encoder import GraceEncoder, sample_variance
 from tercet.engine.grace.prompts import SYSTEM_PROMPT
 from tercet.engine.model import Policy, score
-from tercet.engine.records import Completion, Pooling, Request, pack
+from tercet.engine.records import Completion, Request, pack
 from tercet.engine.sampler import Sampler
 
 TEXTS = ["the red boat", "a gardener waters the roses before the sun rises", "bread"]

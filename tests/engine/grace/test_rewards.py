@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tercet.engine.advantage import advantages, dead_parts
-from tercet.engine.grace.rewards import RewardConfig, grace_reward
+from tercet.engine.grace.reward_config import RewardConfig
+from tercet.engine.grace.rewards import grace_reward
 from tercet.kernels.reference import contrastive_reward_ref
 
 FORMS = ["paper", "released", "document", "info_nce"]

@@ -11,7 +11,7 @@ import torch
 from tercet.engine.attention import Backend
 from tercet.engine.grace.config import Attention, GraceConfig, GraceData, GraceEval
 from tercet.engine.grace.data import Dataset, Example
-from tercet.engine.grace.rewards import RewardConfig
+from tercet.engine.grace.reward_config import RewardConfig
 from tercet.engine.grace.system import GraceSystem, shared_text_ids
 from tercet.engine.model import Policy
 from tercet.engine.records import Completion, Request, Rollouts, SamplingParams

@@ -20,8 +20,8 @@ from tercet.engine.checkpoint import read_run
 from tercet.engine.config import read_yaml, to_plain, to_yaml
 from tercet.engine.files import read_jsonl
 from tercet.engine.grace import GraceConfig, GraceEncoder, train
+from tercet.engine.grace.commands import train as main
 from tercet.engine.grace.config import GraceData, GraceEval
-from tercet.engine.grace.training import main
 from tercet.engine.metrics import hold_folder
 from tercet.engine.model import Policy
 from tercet.engine.train_config import TrainConfig
