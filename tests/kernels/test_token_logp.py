@@ -304,6 +304,34 @@ def test_entropy_alone_has_its_gradient(impl, device):
     torch.testing.assert_close(dx.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_upstreams_that_leave_only_the_slope_of_the_entropy(impl, device):
+    """a = g + g_H H = 0 exactly, so the gradient is that of b alone."""
+    logits = torch.randn(3, 90, device=device).mul_(3)
+    targets = torch.tensor([4, 80, 33], device=device)
+    leaves = [logits.clone().requires_grad_(), logits.double().requires_grad_()]
+    ours = token_logp(leaves[0], targets, return_entropy=True, impl=impl)
+    g = -ours.entropy.detach()
+    truth = token_logp_ref(leaves[1], targets, return_entropy=True)
+    pairs = [(ours, leaves[0], g), (truth, leaves[1], g.double())]
+    dx, expected = (
+        torch.autograd.grad([*out[:2]], leaf, [g, torch.ones_like(g)])[0] for out, leaf, g in pairs
+    )
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(dx.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_axes_of_one_have_no_stride(impl, device):
+    logits = torch.randn(3, 4, device=device)[:, ::4]
+    assert logits.stride() == (4, 4)
+    logp = token_logp(logits, torch.zeros(3, dtype=torch.long, device=device), impl=impl).logp
+    assert logp.tolist() == [0.0] * 3
+    logits = torch.randn(2, 3, 5, 7, device=device)[:, :, :1].transpose(1, 2)
+    assert logits.stride() == (105, 7, 35, 1)
+    targets = torch.randint(7, (2, 1, 3), device=device)
+    expected = token_logp_ref(logits, targets).logp
+    torch.testing.assert_close(token_logp(logits, targets, impl=impl).logp, expected)
+
+
 def test_same_bits_on_every_run_and_in_every_batch(impl, device, fwd_bwd):
     logits = torch.randn(9, 1500, device=device).mul_(3)
     targets = torch.randint(1500, (9,), device=device)
