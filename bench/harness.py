@@ -188,7 +188,7 @@ def progress(done: int, total: int, seconds: float) -> str:
 def main(cases: Mapping[str, Callable[[], Case]]) -> None:
     """Runs the cases named on the command line, or all; --list only names them."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("case", nargs="*", choices=[[], *cases], help="default: all")
+    parser.add_argument("case", nargs="*", help="default: all")
     parser.add_argument(
         "--out", type=Path, help="JSON lines file (default: bench/results/OP.jsonl)"
     )
@@ -198,6 +198,8 @@ def main(cases: Mapping[str, Callable[[], Case]]) -> None:
     )
     parser.add_argument("--list", action="store_true", help="name the cases and run nothing")
     args = parser.parse_args()
+    if unknown := [case for case in args.case if case not in cases]:
+        parser.error(f"case must be one of {', '.join(cases)}; got {', '.join(unknown)}")
     if args.list:
         print(*cases, sep="\n")
         return

@@ -286,6 +286,16 @@ def test_a_bench_names_its_cases_and_runs_none(capsys, monkeypatch):
     assert capsys.readouterr().out == "one\nthe other\n"
 
 
+def test_a_case_that_is_none_is_told_with_those_that_are(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["toy", "none", "one"])
+    with pytest.raises(SystemExit) as stop:
+        harness.main({"one": _case, "other": _case})
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.endswith("error: case must be one of one, other; got none\n")
+    assert "[]" not in said
+
+
 def test_compilation_is_reported_apart_and_not_in_the_median(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(harness, "forget_compiled_code", lambda: None)
