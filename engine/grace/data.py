@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tercet.engine.data import Rows, check_text, read_rows
@@ -163,11 +163,9 @@ def _read(config: GraceData, path: str, notes: list[str]) -> list[Example]:
 
 
 def _supervised(row: dict[str, object], where: str, rows: Rows) -> Iterator[Example]:
-    inner = row.get("multi_input")
-    if isinstance(inner, dict):
-        row = {ours: inner.get(theirs) for ours, theirs in GRACE_PARQUET.items()}
-    query = check_text("load_dataset", "query", _pick(row, QUERY, where, rows), where)
-    positives = _texts("positive", _pick(row, POSITIVE, where, rows), where)
+    row, others = _pair(row), map(_pair, rows)
+    query = check_text("load_dataset", "query", _pick(row, QUERY, where, others), where)
+    positives = _texts("positive", _pick(row, POSITIVE, where, others), where)
     if not positives:
         raise ValueError(f"load_dataset: a row must have a positive, got an empty list at {where}")
     names = sorted((name for name in row if NEGATIVE.fullmatch(name)), key=_suffix_number)
@@ -176,20 +174,35 @@ def _supervised(row: dict[str, object], where: str, rows: Rows) -> Iterator[Exam
         yield Example(document=positive, query=query, negatives=tuple(negatives))
 
 
+def _pair(row: dict[str, object]) -> dict[str, object]:
+    """The row, or what its multi_input holds, under our names."""
+    inner = row.get("multi_input")
+    if not isinstance(inner, dict):
+        return row
+    return {ours: inner.get(theirs) for ours, theirs in GRACE_PARQUET.items()}
+
+
 def _unsupervised(row: dict[str, object], where: str, rows: Rows) -> Iterator[Example]:
-    prompt = row.get("prompt")
-    if "text" not in row and isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
-        row = {"text": prompt[-1].get("content")}
-    text = _pick(row, ("text",), where, rows)
+    text = _pick(_alone(row), ("text",), where, map(_alone, rows))
     yield Example(document=check_text("load_dataset", "text", text, where))
 
 
-def _pick(row: dict[str, object], names: Sequence[str], where: str, rows: Rows) -> object:
+def _alone(row: dict[str, object]) -> dict[str, object]:
+    """The row, or the last message of its prompt, under our name."""
+    prompt = row.get("prompt")
+    if "text" in row or not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict)):
+        return row
+    return {"text": prompt[-1].get("content")}
+
+
+def _pick(
+    row: dict[str, object], names: Sequence[str], where: str, others: Iterable[dict[str, object]]
+) -> object:
     for name in names:
         if name in row:
             return row[name]
     remedy = "set data.columns to the names in the file, or data.mode"
-    if any(name in other for other in rows for name in names):  # the file is of this kind
+    if any(name in other for other in others for name in names):  # the file is of this kind
         remedy = "correct or delete the row"
     raise ValueError(
         f"load_dataset: column {' or '.join(map(repr, names))} must be there, got only "

@@ -72,6 +72,13 @@ def test_one_bad_row_is_no_matter_of_settings(dataset):
         ValueError, match=r"got only \['text'\] at .*:2; correct or delete the row$"
     ):
         dataset([{"query": "q", "positive": "a"}, {"text": "b"}])
+    inner = {"query": "q", "instruction": "a"}
+    with pytest.raises(ValueError, match=r"got only \['x'\] at .*:2; correct or delete the row$"):
+        dataset([{"multi_input": inner}, {"x": "b"}])
+    with pytest.raises(ValueError, match=r"got only \['x'\] at .*:2; correct or delete the row$"):
+        dataset([{"prompt": [{"content": "a"}]}, {"x": "b"}], mode="unsupervised")
+    with pytest.raises(ValueError, match=r"got only \['prompt'\] at .*:1; set data\.columns to"):
+        dataset([{"prompt": "a"}, {"x": "b"}], mode="unsupervised")
 
 
 def test_every_positive_becomes_a_row(dataset):
