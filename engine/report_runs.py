@@ -105,7 +105,7 @@ def step_of(record: dict, where: Path) -> int:
         ValueError: it is no integer, or one beyond 2**53.
     """
     step = record.get("step", 0)
-    if not isinstance(step, int) or abs(step) > LARGEST_STEP:
+    if type(step) is not int or abs(step) > LARGEST_STEP:  # True is an int, too
         raise ValueError(
             f"report: the step of a record must be an integer, got {_cut(step)} in {where}; "
             "give it one within 2**53, or delete the line"

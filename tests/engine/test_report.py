@@ -263,7 +263,9 @@ def test_hostile_records_are_text_or_an_error(tmp_path):
         write_report(run)
 
 
-@pytest.mark.parametrize("line", ["[1]", "1", "null", '{"step": "x", "loss": 1}'])
+@pytest.mark.parametrize(
+    "line", ["[1]", "1", "null", '{"step": "x", "loss": 1}', '{"step": true, "loss": 1}']
+)
 def test_a_record_that_is_none_is_an_error(tmp_path, line):
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text(line + "\n")
