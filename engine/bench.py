@@ -42,7 +42,8 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
     parser = OneLineParser(
         prog=prog,
         description=__doc__,
-        epilog=f"what there is:\n{listed}\n\nWithout a name: {', '.join(OPS)}.",
+        epilog=f"what there is:\n{listed}\n\nWithout a name: {', '.join(OPS)}; "
+        "the others want to be named.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("op", nargs="*", help="what to run")
@@ -88,6 +89,9 @@ def main(argv: list[str], prog: str) -> int:
         status = subprocess.run(command, check=False, env=environment).returncode
         if status:
             failed[op] = status
+    if not args.op:
+        rest = [name for name in SCRIPTS if name not in OPS]
+        sys.stdout.write(f"left out, unless they are named: {', '.join(rest)}\n")
     if failed:
         sys.stderr.write(f"{prog}: failed: {', '.join(failed)}\n")
     return 0 if not failed else 2 if 2 in failed.values() else 1

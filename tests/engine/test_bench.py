@@ -55,6 +55,10 @@ def test_without_a_name_every_op_runs_and_failures_are_named(folder, capfd):
         f"ran {op}" for op in bench.OPS if op != "linear_logp"
     }
     assert shown.err.splitlines()[-1] == "tercet bench: failed: linear_logp"
+    left_out = "left out, unless they are named: packed_forward, grace_step, errors, growth"
+    assert shown.out.splitlines()[-1] == left_out
+    assert main(["bench", "token_logp"]) == 0
+    assert "left out" not in capfd.readouterr().out
 
 
 def test_a_case_that_a_bench_does_not_know_is_wrong_usage(folder):
