@@ -7,8 +7,9 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 1 after a failure, 2 after wrong usage, 130 after Ctrl-C, 141 where nobody reads on.
+        0; 1 after a failure, 2 after wrong usage, 130 after Ctrl-C, 141 where nobody reads on, 143
+        after SIGTERM.
     """
     try:
         status = _dispatch(argv)
@@ -122,7 +124,14 @@ def _run(command: Command, argv: list[str], prog: str) -> int:
     """Calls a command and turns the errors that a user can mend into one line each."""
     from tercet.engine.config import ConfigError
 
+    terminated: list[int] = []
+
+    def terminate(number: int, _: object) -> NoReturn:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
     module, _, function = command.target.partition(":")
+    before = signal.signal(signal.SIGTERM, terminate)  # leaves nothing half-written, as Ctrl-C
     try:
         return getattr(importlib.import_module(module), function)(argv, prog)
     except BrokenPipeError:
@@ -136,7 +145,9 @@ def _run(command: Command, argv: list[str], prog: str) -> int:
         if command.resumes and not told:
             told = "the same command goes on from the last checkpoint, if there is one"
         sys.stderr.write(f"\n{prog}: stopped{'; ' if told else ''}{told}\n")
-        return 130
+        return 143 if terminated else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unprefixed(message: str, prog: str) -> str:

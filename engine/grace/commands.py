@@ -75,7 +75,8 @@ class EncodeConfig:
     column: str = "text"  # of .jsonl and .parquet
     generate: bool | None = None  # False: embed the prompt alone; None: as the model was trained
     system_prompt: str | None = None  # before every text; None: as in training, else GRACE's own
-    max_prompt_length: int | None = None  # tokens, template included; None: likewise, else 1024
+    # tokens, template included; None: as in training, else 1024
+    max_prompt_length: int | None = None
     max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0  # of the samples
@@ -163,7 +164,8 @@ class EvalConfig:
     sts: str | None = None  # .jsonl or .parquet with sentence1, sentence2 and score
     output: str | None = None  # a JSON file that gets the figures too
     system_prompt: str | None = None  # before every text; None: as in training, else GRACE's own
-    max_prompt_length: int | None = None  # tokens, template included; None: likewise, else 1024
+    # tokens, template included; None: as in training, else 1024
+    max_prompt_length: int | None = None
     max_completion_length: int | None = None  # None: as the model was trained, else 256
     temperature: float | None = None  # 0 is greedy; None: as the run measured, else 1
     seed: int | None = None  # of the samples; None: as the run measured, else 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+import tyro
 
 from tercet.engine.choices import Pooling
 from tercet.engine.grace.prompts import SYSTEM_PROMPT
@@ -13,6 +15,7 @@ from tercet.engine.grace.reward_config import RewardConfig
 from tercet.engine.train_config import TrainConfig
 
 COLUMN = re.compile(r"query|anchor|positive|pos|text|(neg|negatives?)(_\d+)?")
+Columns = Annotated[dict[str, str], tyro.conf.arg(help_behavior_hint="(default: as in the file)")]
 Mode = Literal["supervised", "unsupervised"]
 Overlong = Literal["truncate", "drop"]
 Dtype = Literal["float32", "bfloat16"]
@@ -27,7 +30,7 @@ class GraceData:
     mode: Mode = "supervised"  # pairs, or texts alone
     # pairs of our name and the file's: --data.columns query question positive answer;
     # in YAML {query: question, positive: answer}
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: Columns = field(default_factory=dict)
     num_negatives: int | None = None  # per row; None: as many as every row has
     remove: str | None = None  # regular expression; what it matches is deleted from every text
     test_path: str | None = None  # held-out rows; None: split off `path`

@@ -59,6 +59,8 @@ def test_every_option_says_what_it_is(name):
     options = re.findall(r" (--[a-z][^(]*)\((?:default|required)", shown)
     spelt = re.compile(r"--[\w.-]+|\{[^}]*\}")
     bare = [option for option in options if not re.search("[a-z]{2}", spelt.sub("", option))]
+    assert "default: )" not in shown
+    assert "likewise" not in shown
     assert len(options) > 8
     assert bare == []
 

@@ -5,6 +5,9 @@ import os
 import resource
 import shutil
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,21 @@ def test_a_failed_encode_leaves_nothing(checkpoint, tmp_path, capsys):
     assert main([*argv, "--output-dir", str(tmp_path / "deep" / "out")]) == 1
     assert "temperature" in capsys.readouterr().err
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_terminated_encode_leaves_nothing(checkpoint, tmp_path):
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": f"the cat {i}"} for i in range(100_000)])
+    out = tmp_path / "deep" / "out"
+    argv = ["grace", "encode", "--model", checkpoint, "--input", texts, "--output-dir", str(out)]
+    tercet = str(Path(sys.executable).with_name("tercet"))
+    with subprocess.Popen([tercet, *argv], stderr=subprocess.PIPE, text=True) as run:
+        while run.poll() is None and not list(tmp_path.glob("deep/.out-*")):
+            time.sleep(0.01)
+        run.terminate()
+        assert run.stderr is not None
+        assert run.stderr.read() == "\ntercet grace encode: stopped\n"
+    assert run.returncode == 143
+    assert list(out.parent.iterdir()) == []
 
 
 @pytest.fixture
