@@ -250,11 +250,12 @@ def test_dtypes(impl, dtype, device, small_tiles):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("bonus", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40, 150), (3, 5)], ids=str)
 @pytest.mark.usefixtures("small_tiles", "half_products")
-def test_half_products_share_the_tiles(impl, dtype, bonus, softcap, device):
-    """A tile of the gradient has half the bytes of one of logits."""
+def test_half_products_share_the_tiles(impl, shape, dtype, bonus, softcap, device):
+    """A tile of the gradient has half the bytes of one of logits, and of 15 elements 30."""
     impl = "torch" if impl == "auto" else impl
-    inputs, targets, given = problem(40, 150, device=device, dtype=dtype)
+    inputs, targets, given = problem(*shape, device=device, dtype=dtype)
     given["advantage"][5:20] = 0.0
     config = config_of("dapo", beta=0.1, entropy_coef=bonus)
     rtol = 2e-3 if dtype == torch.float16 else 1.5e-2
@@ -287,6 +288,21 @@ def test_chunks_on_cuda_are_whole_blocks_of_cublas(impl, rows, budget):
     count = -(-vocab // plan.width)
     assert plan.width % 128 == 0
     assert plan.width - (vocab - (count - 1) * plan.width) < 128 * count
+    assert impl
+
+
+def test_tiles_of_half_products_are_twice_as_wide(impl):
+    head, rows = head_of(151_936, 4096, "cuda"), 16_384
+    kind = policy_pass.pt.Kind.of(config_of("dapo"))
+    needs = policy_pass.Needs(hidden=True, weight=True, bias=False)
+    options = policy_pass.Options(kind, tiles.Cap(1.0, None), needs, 2384, "triton")
+    with FakeTensorMode():
+        hidden = torch.empty(rows, 4096, dtype=torch.bfloat16, device="cuda")
+        query = policy_pass.rs.Query(torch.empty(rows, 1), torch.empty(rows, device="cuda"))
+        order = policy_pass._Order(None, rows, rows)
+        work = policy_pass._Pass(hidden, head, query, None, options, order)
+    assert work.plan == policy_pass.Plan.of(rows, 0, head, 1, 2, 2384 << 20)
+    assert [buffer.nbytes for buffer in work.buffers] == [work.plan.tile_bytes(2, 4)]
     assert impl
 
 
