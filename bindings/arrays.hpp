@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <span>
 #include <string>
 
@@ -22,6 +23,9 @@ std::span<const T> row(const pybind11::array& array, const char* op, const char*
                           std::string(py::str(array.attr("shape"))) + " and strides " +
                           std::string(py::str(array.attr("strides"))) +
                           "; call numpy.ascontiguousarray");
+  }
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) {
+    throw py::value_error(must() + "aligned in memory; copy it");
   }
   return {static_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
 }

@@ -1,11 +1,16 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl/filesystem.h>
 
+#include <atomic>
 #include <cstdint>
 #include <exception>
+#include <filesystem>
+#include <memory>
+#include <stdexcept>
 #include <string>
 #include <string_view>
-#include <system_error>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
@@ -24,6 +29,48 @@ using tercet::TreeColumns;
 
 namespace {
 
+// A forest whose calls release the GIL and take turns: one beside another is refused, since both
+// would break its memory.
+class Guarded {
+ public:
+  explicit Guarded(Forest forest) : forest_(std::move(forest)) {}
+
+  template <typename Use>
+  auto in_turn(const Use& use) {
+    if (busy_.exchange(true)) {
+      throw std::logic_error(
+          "Forest: another thread is in a call of this forest; hold a lock, or give each thread "
+          "its own");
+    }
+    const Turn turn{busy_};
+    const py::gil_scoped_release released;
+    return use(forest_);
+  }
+
+ private:
+  struct Turn {
+    std::atomic<bool>& busy;
+    ~Turn() { busy = false; }
+  };
+
+  Forest forest_;
+  std::atomic<bool> busy_{false};
+};
+
+template <typename Result, typename... Args>
+auto in_turn(Result (Forest::*method)(Args...)) {
+  return [method](Guarded& guarded, Args... args) {
+    return guarded.in_turn([&](Forest& forest) { return (forest.*method)(args...); });
+  };
+}
+
+template <typename Result, typename... Args>
+auto in_turn(Result (Forest::*method)(Args...) const) {
+  return [method](Guarded& guarded, Args... args) {
+    return guarded.in_turn([&](const Forest& forest) { return (forest.*method)(args...); });
+  };
+}
+
 // A read-only view of a column, which keeps its owner alive.
 template <typename Owner, typename T>
 auto column(std::vector<T> Owner::* which) {
@@ -35,33 +82,39 @@ auto column(std::vector<T> Owner::* which) {
   };
 }
 
-void tell(Forest& forest, const py::array& tickets, const py::array& values,
+void tell(Guarded& guarded, const py::array& tickets, const py::array& values,
           const py::array& num_children, const py::array& handles) {
   const tercet::Results results{row<tercet::Ticket>(tickets, "tell", "tickets"),
                                 row<double>(values, "tell", "values"),
                                 row<std::uint32_t>(num_children, "tell", "num_children"),
                                 row<std::int64_t>(handles, "tell", "handles")};
+  guarded.in_turn([&](Forest& forest) { forest.tell(results); });
+}
+
+void fail(Guarded& guarded, const py::array& tickets) {
+  const auto failed = row<tercet::Ticket>(tickets, "fail", "tickets");
+  guarded.in_turn([&](Forest& forest) { forest.fail(failed); });
+}
+
+void save(Guarded& guarded, const std::filesystem::path& path) {
+  guarded.in_turn([&](const Forest& forest) { Snapshot::save(forest, path); });
+}
+
+std::unique_ptr<Guarded> load(const std::filesystem::path& path) {
   const py::gil_scoped_release released;
-  forest.tell(results);
+  return std::make_unique<Guarded>(Snapshot::load(path));
 }
 
-void fail(Forest& forest, const py::array& tickets) {
-  forest.fail(row<tercet::Ticket>(tickets, "fail", "tickets"));
-}
-
-py::bytes bytes_of(const Forest& forest) {
-  tercet::Bytes bytes;
-  {
-    const py::gil_scoped_release released;
-    bytes = Snapshot::of(forest);
-  }
+py::bytes bytes_of(Guarded& guarded) {
+  const tercet::Bytes bytes = guarded.in_turn(&Snapshot::of);
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-Forest from_bytes(const py::bytes& given) {
+std::unique_ptr<Guarded> from_bytes(const py::bytes& given) {
   const std::string_view bytes = given;
   const py::gil_scoped_release released;
-  return Snapshot::restore({reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()});
+  return std::make_unique<Guarded>(
+      Snapshot::restore({reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()}));
 }
 
 // ValueErrors with the ticket and its tree as attributes; one class per fault, in its order.
@@ -89,11 +142,12 @@ void bind_errors(py::module_& m) {
       PyErr_SetObject(type.ptr(), error.ptr());
     } catch (const tercet::SnapshotError& e) {
       PyErr_SetString(snapshot_error, e.what());
-    } catch (const std::system_error& e) {
-      const std::string what = e.what();  // the file, and what the system says of it
-      const std::string file = what.substr(0, what.size() - e.code().message().size() - 2);
+    } catch (const std::filesystem::filesystem_error& e) {
+      const std::string& file = e.path1().native();
+      const auto name = py::reinterpret_steal<py::object>(
+          PyUnicode_DecodeFSDefaultAndSize(file.data(), static_cast<Py_ssize_t>(file.size())));
       const py::object error =
-          py::handle(PyExc_OSError)(e.code().value(), e.code().message(), file);
+          py::handle(PyExc_OSError)(e.code().value(), e.code().message(), name);
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
     }
   });
@@ -137,33 +191,30 @@ void bind_forest(py::module_& m) {
   bind_errors(m);
   bind_columns(m);
   const ForestConfig defaults;
-  py::class_<Forest>(m, "Forest", "Many searches at once, behind ask and tell.")
+  py::class_<Guarded>(m, "Forest", "Many searches at once, behind ask and tell.")
       .def(py::init([](double c_uct, std::uint32_t max_in_flight, std::uint32_t visits_per_flight,
                        std::uint32_t max_attempts, double failed_value, std::size_t max_bytes) {
-             return Forest(
-                 {c_uct, max_in_flight, visits_per_flight, max_attempts, failed_value, max_bytes});
+             return std::make_unique<Guarded>(Forest(
+                 {c_uct, max_in_flight, visits_per_flight, max_attempts, failed_value, max_bytes}));
            }),
            py::kw_only(), "c_uct"_a = defaults.c_uct, "max_in_flight"_a = defaults.max_in_flight,
            "visits_per_flight"_a = defaults.visits_per_flight,
            "max_attempts"_a = defaults.max_attempts, "failed_value"_a = defaults.failed_value,
            "max_bytes"_a = defaults.max_bytes)
-      .def("add_tree", &Forest::add_tree, "root_handle"_a, "simulations"_a,
+      .def("add_tree", in_turn(&Forest::add_tree), "root_handle"_a, "simulations"_a,
            "A tree whose root has this handle, to be visited this many times.")
-      .def("remove_tree", &Forest::remove_tree, "tree"_a, "Frees the nodes of a tree.")
-      .def("ask", &Forest::ask, "max_leaves"_a, py::call_guard<py::gil_scoped_release>(),
+      .def("remove_tree", in_turn(&Forest::remove_tree), "tree"_a, "Frees the nodes of a tree.")
+      .def("ask", in_turn(&Forest::ask), "max_leaves"_a,
            "At most max_leaves leaves; none when all wait for tell, or are done.")
       .def("tell", &tell, "tickets"_a, "values"_a, "num_children"_a, "handles"_a,
            "What was found out about leaves; none of it where one is wrong.")
       .def("fail", &fail, "tickets"_a, "The evaluation of these failed.")
-      .def("is_finished", &Forest::is_finished, "tree"_a)
-      .def("columns", &Forest::columns, "tree"_a, "All nodes of a tree.")
-      .def("counters", &Forest::counters)
+      .def("is_finished", in_turn(&Forest::is_finished), "tree"_a)
+      .def("columns", in_turn(&Forest::columns), "tree"_a, "All nodes of a tree.")
+      .def("counters", in_turn(&Forest::counters))
       .def("to_bytes", &bytes_of, "The whole state, tickets that are out included.")
       .def_static("from_bytes", &from_bytes, "data"_a, "A forest as `to_bytes` gave it.")
-      .def(
-          "save", [](const Forest& f, const std::string& path) { Snapshot::save(f, path); },
-          "path"_a, py::call_guard<py::gil_scoped_release>(),
-          "Writes the whole state; `path` is the old file or the whole new one.")
-      .def_static("load", &Snapshot::load, "path"_a, py::call_guard<py::gil_scoped_release>(),
-                  "A forest as `save` wrote it.");
+      .def("save", &save, "path"_a,
+           "Writes the whole state; `path` is the old file or the whole new one.")
+      .def_static("load", &load, "path"_a, "A forest as `save` wrote it.");
 }

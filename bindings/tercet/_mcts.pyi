@@ -1,3 +1,4 @@
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,7 +100,7 @@ class Counters:
         """Of nodes, with what lies free."""
 
 class Forest:
-    """Many searches at once, behind ask and tell. Not thread-safe.
+    """Many searches at once, behind ask and tell.
 
     `ask` hands out leaves of all trees, each with a ticket; `tell` brings what was found out about
     them, at any time and in any order. The trees depend on what is told and on nothing else: not on
@@ -116,11 +117,13 @@ class Forest:
         max_in_flight: most tickets out of one tree, 1 to 255. 1 is the sequential search.
         visits_per_flight: a tree of n visits may have 1 + n // visits_per_flight out.
         max_attempts: at a leaf whose evaluation fails.
-        failed_value: value of a leaf that failed as often; it becomes an end.
+        failed_value: value of a leaf that failed as often, in [-1e300, 1e300]; it becomes an end.
         max_bytes: bound on the memory of nodes.
 
     Raises:
         ValueError: a setting outside its range.
+        RuntimeError: by every method, while another thread is in a call of this forest, and after
+            memory ran out (MemoryError) in the middle of one.
     """
 
     def __init__(
@@ -160,10 +163,12 @@ class Forest:
         """What was found out about n leaves; if anything is wrong, nothing changes.
 
         Args:
-            values: finite.
+            values: in [-1e300, 1e300].
             num_children: 0 to 64; a leaf without children is an end, which is visited again with
                 its value but asked about no more.
             handles: names of the children, those of the first leaf first.
+
+        No other thread may write to the arrays in the meantime.
 
         Raises:
             TypeError: a dtype.
@@ -193,15 +198,15 @@ class Forest:
             ValueError: max_bytes of its settings does not allow its nodes.
         """
 
-    def save(self, path: str) -> None:
-        """Writes `to_bytes` to path + ".tmp" and renames, so that `path` is the old or the new file.
+    def save(self, path: str | bytes | os.PathLike[str]) -> None:
+        """Writes `to_bytes` to path + ".tmp" and renames: `path` is the old file or the new one.
 
         Raises:
             OSError: the file; nothing is left behind.
         """
 
     @staticmethod
-    def load(path: str) -> Forest:
+    def load(path: str | bytes | os.PathLike[str]) -> Forest:
         """A forest as `save` wrote it.
 
         Raises:

@@ -9,9 +9,8 @@ namespace tercet {
 
 namespace {
 
-constexpr std::size_t kAhead = 4;  // results whose memory is asked for before their turn
-constexpr std::size_t kLanes =
-    16;  // descents at a time, so that one's memory comes while others work
+constexpr std::size_t kAhead = 4;   // results whose memory is asked for before their turn
+constexpr std::size_t kLanes = 16;  // descents at a time: one's memory comes while others work
 
 std::string told(TicketFault fault) {
   switch (fault) {
@@ -24,6 +23,9 @@ std::string told(TicketFault fault) {
   }
   return "";
 }
+
+// NaN is not.
+bool is_value(double value) { return std::abs(value) <= kMaxValue; }
 
 TreeId tree_of(Ticket ticket) { return static_cast<TreeId>(ticket >> 32); }
 
@@ -51,8 +53,8 @@ void check_config(const ForestConfig& c) {
           [&] { return std::string("Forest: visits_per_flight must be >= 1, got 0"); });
   require(c.max_attempts >= 1,
           [&] { return std::string("Forest: max_attempts must be >= 1, got 0"); });
-  require(std::isfinite(c.failed_value), [&] {
-    return "Forest: failed_value must be finite, got " + std::to_string(c.failed_value);
+  require(is_value(c.failed_value), [&] {
+    return "Forest: failed_value must be in [-1e300, 1e300], got " + std::to_string(c.failed_value);
   });
 }
 
@@ -69,7 +71,15 @@ Forest::Forest(const ForestConfig& config) : config_(config), nodes_(config.max_
   check_config(config);
 }
 
+void Forest::check_whole() const {
+  if (torn_) {
+    throw std::runtime_error(
+        "Forest: memory ran out in the middle of an earlier call; load a snapshot");
+  }
+}
+
 const Forest::Tree& Forest::checked(TreeId tree) const {
+  check_whole();
   if (tree >= trees_.size() || !trees_[tree].alive) {
     throw std::out_of_range("Forest: tree " + std::to_string(tree) +
                             (tree < trees_.size() ? " was removed" : " does not exist"));
@@ -82,11 +92,13 @@ Forest::Tree& Forest::checked(TreeId tree) {
 }
 
 TreeId Forest::add_tree(std::int64_t root_handle, std::uint32_t simulations) {
+  check_whole();
   require(simulations >= 1 && simulations <= kMaxVisits, [&] {
     return "Forest::add_tree: simulations must be in [1, " + std::to_string(kMaxVisits) +
            "], got " + std::to_string(simulations);
   });
   nodes_.reserve(waiting_blocks_ + 1);
+  torn_ = true;
   const auto id = static_cast<TreeId>(trees_.size());
   Tree& tree = trees_.emplace_back();
   tree.root = nodes_.add_root(tree.slabs, root_handle);
@@ -95,14 +107,15 @@ TreeId Forest::add_tree(std::int64_t root_handle, std::uint32_t simulations) {
   ready_.push_back(id);
   counters_.trees += 1;
   counters_.nodes += 1;
+  torn_ = false;
   return id;
 }
 
 void Forest::remove_tree(TreeId id) {
   Tree& tree = checked(id);
+  counters_.nodes -= nodes_.all(tree.slabs).size();  // from here on, nothing throws
   counters_.trees -= 1;
   counters_.finished -= tree.committed == tree.simulations;
-  counters_.nodes -= nodes_.all(tree.slabs).size();
   for (std::size_t i = 0; i < tree.pending.size(); ++i) {
     const Pending& pending = tree.pending[i];
     counters_.in_flight -= pending.state == State::kOut;
@@ -255,8 +268,10 @@ void Forest::hand_out_failed(std::size_t max_leaves, Leaves& leaves) {
 }
 
 Leaves Forest::ask(std::size_t max_leaves) {
+  check_whole();
   Leaves leaves;
-  leaves.reserve(std::min(max_leaves, trees_.size() * config_.max_in_flight));
+  leaves.reserve(std::min(max_leaves, failed_.size() + ready_.size()));  // of some trees: more
+  torn_ = true;
   hand_out_failed(max_leaves, leaves);
   while (leaves.size() < max_leaves && !ready_.empty()) {
     const std::size_t most = std::min(kLanes, max_leaves - leaves.size());
@@ -266,11 +281,12 @@ Leaves Forest::ask(std::size_t max_leaves) {
       ready_.pop_front();
       Tree& tree = trees_[id];
       tree.queued = false;
-      if (tree.alive && may_issue(tree)) set_out(id);
+      if (tree.alive) set_out(id);
     }
     descend();
     for (const Lane& lane : lanes_) land(lane, leaves);
   }
+  torn_ = false;
   return leaves;
 }
 
@@ -294,7 +310,7 @@ void Forest::claim(std::span<const Ticket> tickets) {
   std::size_t claimed = 0;
   try {
     for (; claimed < tickets.size(); ++claimed) find(tickets[claimed]).state = State::kClaimed;
-  } catch (const BadTicket&) {
+  } catch (...) {
     while (claimed > 0) {
       const Ticket ticket = tickets[--claimed];
       Tree& tree = trees_[tree_of(ticket)];
@@ -314,9 +330,9 @@ void Forest::check(const Results& results) {
   std::size_t children = 0;
   std::size_t blocks = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    require(std::isfinite(results.values[i]), [&] {
-      return "Forest::tell: values must be finite, got " + std::to_string(results.values[i]) +
-             " at " + std::to_string(i);
+    require(is_value(results.values[i]), [&] {
+      return "Forest::tell: values must be in [-1e300, 1e300], got " +
+             std::to_string(results.values[i]) + " at " + std::to_string(i);
     });
     require(results.num_children[i] <= kMaxChildren, [&] {
       return "Forest::tell: num_children must be <= " + std::to_string(kMaxChildren) + ", got " +
@@ -335,14 +351,15 @@ void Forest::check(const Results& results) {
 void Forest::prefetch(Ticket ticket) const {
   const Tree& tree = trees_[tree_of(ticket)];
   const std::size_t position = static_cast<std::uint32_t>(ticket) - tree.oldest;
-  if (position >= tree.pending.size()) return;  // committed in this very call
   for (const NodeIndex node : tree.pending[position].path) nodes_.prefetch(node);
   nodes_.prefetch_next(tree.slabs);
 }
 
 void Forest::tell(const Results& results) {
+  check_whole();
   check(results);
   claim(results.tickets);
+  torn_ = true;
   counters_.in_flight -= results.tickets.size();
   std::size_t next = 0;
   for (std::size_t i = 0; i < results.tickets.size(); ++i) {
@@ -364,10 +381,13 @@ void Forest::tell(const Results& results) {
     }
     advance(id);
   }
+  torn_ = false;
 }
 
 void Forest::fail(std::span<const Ticket> tickets) {
+  check_whole();
   claim(tickets);
+  torn_ = true;
   counters_.in_flight -= tickets.size();
   for (const Ticket ticket : tickets) {
     const TreeId id = tree_of(ticket);
@@ -386,6 +406,7 @@ void Forest::fail(std::span<const Ticket> tickets) {
     counters_.waiting += 1;
     advance(id);
   }
+  torn_ = false;
 }
 
 bool Forest::is_finished(TreeId id) const {
@@ -394,6 +415,7 @@ bool Forest::is_finished(TreeId id) const {
 }
 
 Counters Forest::counters() const {
+  check_whole();
   Counters now = counters_;
   now.bytes = nodes_.bytes();
   return now;

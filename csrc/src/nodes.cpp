@@ -1,5 +1,6 @@
 #include "tercet/nodes.hpp"
 
+#include <algorithm>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -64,46 +65,31 @@ std::uint32_t Nodes::open_slab(Slabs& slabs) {
   return slab;
 }
 
-NodeIndex Nodes::add_block(Slabs& slabs, std::uint32_t size) {
+NodeIndex Nodes::add_block(Slabs& slabs, NodeIndex parent, std::span<const std::int64_t> handles) {
+  const auto size = static_cast<std::uint32_t>(handles.size());
   const std::uint32_t room = (size + 3) / 4 * 4;
   if (slabs.count == 0 || slabs.used + room > kSlab) open_slab(slabs);
   const NodeIndex first = slabs.last * kSlab + slabs.used;
   slabs.used += room;
+  const Chunk& chunk = chunks_[first / kChunk];
+  const std::uint32_t at = first % kChunk;
+  std::fill_n(&chunk.hot[at], room, HotNode{});
+  chunk.hot[at + size - 1].set_last();
+  std::copy(handles.begin(), handles.end(), chunk.handle + at);
+  std::fill_n(chunk.handle + at + size, room - size, 0);  // nobody's, up to the next block
+  std::fill_n(chunk.parent + at / 4, room / 4, parent);
   return first;
 }
 
 NodeIndex Nodes::add_root(Slabs& slabs, std::int64_t handle) {
-  const NodeIndex root = add_block(slabs, 1);
-  Chunk& chunk = chunks_[root / kChunk];
-  chunk.hot[root % kChunk] = HotNode{};
-  chunk.hot[root % kChunk].set_last();
-  chunk.handle[root % kChunk] = handle;
-  for (std::uint32_t i = 1; i < 4; ++i) {
-    chunk.hot[root % kChunk + i] = HotNode{};
-    chunk.handle[root % kChunk + i] = 0;
-  }
-  chunk.parent[root % kChunk / 4] = root;
+  const NodeIndex root = add_block(slabs, 0, {&handle, 1});
+  chunks_[root / kChunk].parent[root % kChunk / 4] = root;
   return root;
 }
 
 NodeIndex Nodes::add_children(Slabs& slabs, NodeIndex parent,
                               std::span<const std::int64_t> handles) {
-  const auto size = static_cast<std::uint32_t>(handles.size());
-  const NodeIndex first = add_block(slabs, size);
-  Chunk& chunk = chunks_[first / kChunk];
-  const std::uint32_t at = first % kChunk;
-  for (std::uint32_t i = 0; i < size; ++i) {
-    chunk.hot[at + i] = HotNode{};
-    chunk.handle[at + i] = handles[i];
-  }
-  chunk.hot[at + size - 1].set_last();
-  for (std::uint32_t i = size; i % 4 != 0; ++i) {  // nobody's, up to the next block
-    chunk.hot[at + i] = HotNode{};
-    chunk.handle[at + i] = 0;
-  }
-  for (std::uint32_t group = at / 4; group < (at + size + 3) / 4; ++group) {
-    chunk.parent[group] = parent;
-  }
+  const NodeIndex first = add_block(slabs, parent, handles);
   hot(parent).set_first_child(first);
   return first;
 }

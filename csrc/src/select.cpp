@@ -1,9 +1,16 @@
 #include "tercet/select.hpp"
 
+#include <vector>
+
 namespace tercet {
 
-Logarithms::Logarithms() : table_(1u << 16) {
-  for (std::size_t n = 0; n < table_.size(); ++n) table_[n] = std::log(static_cast<double>(n));
+Logarithms::Logarithms() {
+  static const std::vector<double> table = [] {
+    std::vector<double> logs(kTable);
+    for (std::uint32_t n = 0; n < kTable; ++n) logs[n] = std::log(static_cast<double>(n));
+    return logs;
+  }();
+  table_ = table.data();
 }
 
 }  // namespace tercet

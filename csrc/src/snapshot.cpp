@@ -6,8 +6,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <set>
+#include <string>
 #include <system_error>
 #include <type_traits>
 
@@ -162,11 +164,19 @@ struct Snapshot::Access {
     }
   }
 
-  static void get_nodes(Reader& in, Nodes& nodes, Tree& tree) {
+  // The slabs of a tree, as its local names count them.
+  using SlabNames = std::vector<std::uint32_t>;
+
+  static NodeIndex global(const Nodes& nodes, const SlabNames& slabs, std::uint32_t local) {
+    require(local / Nodes::kSlab < slabs.size(), "a node lies outside its tree");
+    const std::uint32_t slab = slabs[local / Nodes::kSlab];
+    require(local % Nodes::kSlab < nodes.used_[slab], "a node lies outside its tree");
+    return slab * Nodes::kSlab + local % Nodes::kSlab;
+  }
+
+  static SlabNames get_nodes(Reader& in, Nodes& nodes, Tree& tree) {
     const auto count = in.get<std::uint32_t>();
-    require(count >= 1 && count <= in.size() / 4, "a tree has no nodes, or too many");
-    nodes.reserve(count);
-    std::vector<std::uint32_t> slabs;
+    SlabNames slabs;
     for (std::uint32_t i = 0; i < count; ++i) {
       const auto used = in.get<std::uint32_t>();
       require(used >= 4 && used <= Nodes::kSlab && used % 4 == 0, "the size of a slab");
@@ -175,44 +185,82 @@ struct Snapshot::Access {
       nodes.used_[slabs.back()] = static_cast<std::uint8_t>(used);
       const NodeIndex first = slabs.back() * Nodes::kSlab;
       in.get_all(reinterpret_cast<std::uint8_t*>(&nodes.hot(first)), used * sizeof(HotNode));
-      Nodes::Chunk& chunk = nodes.chunks_[first / Nodes::kChunk];
+      const Nodes::Chunk& chunk = nodes.chunks_[first / Nodes::kChunk];
       in.get_all(&chunk.handle[first % Nodes::kChunk], used);
       in.get_all(&chunk.parent[first % Nodes::kChunk / 4], used / 4);
     }
-    tree.root = slabs[0] * Nodes::kSlab;
-    name_globally(nodes, tree, slabs);
+    tree.root = global(nodes, slabs, 0);
+    return slabs;
   }
 
-  // Local names become indices; blocks end inside their slabs, and children come after parents.
-  static void name_globally(Nodes& nodes, const Tree& tree,
-                            const std::vector<std::uint32_t>& slabs) {
-    const auto global = [&](std::uint32_t local) {
-      require(local / Nodes::kSlab < slabs.size(), "a node lies outside its tree");
-      return slabs[local / Nodes::kSlab] * Nodes::kSlab + local % Nodes::kSlab;
-    };
-    const auto used = [&](std::uint32_t slab) { return std::uint32_t{nodes.used_[slab]}; };
+  // Blocks fill the slabs, each the children of a node before it, whose counts theirs explain.
+  // Local names become indices.
+  static void check_nodes(Nodes& nodes, const Tree& tree, const SlabNames& slabs) {
+    std::size_t blocks = 0;
+    std::size_t grown = 0;
     for (const std::uint32_t slab : slabs) {
-      const NodeIndex first = slab * Nodes::kSlab;
-      for (NodeIndex node = first; node < first + used(slab); ++node) {
-        HotNode& hot = nodes.hot(node);
-        const std::uint32_t local = nodes.local(node);
-        if (node % 4 == 0) {
-          NodeIndex& parent = nodes.chunks_[node / Nodes::kChunk].parent[node % Nodes::kChunk / 4];
-          require(local == 0 ? parent == 0 : parent < local, "a parent comes after its child");
-          parent = global(parent);
+      const NodeIndex end = slab * Nodes::kSlab + nodes.used_[slab];
+      for (NodeIndex at = slab * Nodes::kSlab; at < end; ++blocks) {
+        NodeIndex after = at;
+        std::uint32_t visits = 1;  // that of the parent before it had children
+        std::uint32_t in_flight = 0;
+        for (bool last = false; !last; ++after) {
+          require(after < end, "a block of children has no end");
+          HotNode& node = nodes.hot(after);
+          grown += check_node(nodes, tree, slabs, after);
+          visits += node.visits();
+          in_flight += node.in_flight();
+          last = node.is_last();
         }
-        require(std::isfinite(hot.total), "a value is not finite");
-        if (hot.is_terminal()) require(hot.end() < tree.ends.size(), "an end has no value");
-        if (!hot.has_children()) continue;
-        const std::uint32_t child = hot.first_child();
-        require(child > local && child % 4 == 0, "a child comes before its parent");
-        NodeIndex at = global(child);
-        const NodeIndex end = at - at % Nodes::kSlab + used(at / Nodes::kSlab);
-        hot.set_first_child(at);
-        for (; at < end && !nodes.hot(at).is_last();) ++at;
-        require(at < end, "a block of children has no end");
+        for (; after % 4 != 0; ++after) require(is_empty(nodes.hot(after)), "a node of no block");
+        const NodeIndex parent = check_parent(nodes, slabs, at, after);
+        if (at == tree.root) {
+          require(parent == at && nodes.hot(at).is_last() && visits == tree.committed + 1 &&
+                      in_flight == tree.begun - tree.committed,
+                  "the counts of a root");
+        } else {
+          const HotNode& above = nodes.hot(parent);
+          require(nodes.local(parent) < nodes.local(at) && above.has_children() &&
+                      above.first_child() == at,
+                  "a node is not its parent's child");
+          require(visits == above.visits() && in_flight == above.in_flight(),
+                  "the counts of children");
+        }
+        at = after;
       }
     }
+    require(blocks == grown + 1, "children are missing");
+  }
+
+  // Whether it has children.
+  static bool check_node(Nodes& nodes, const Tree& tree, const SlabNames& slabs, NodeIndex at) {
+    HotNode& node = nodes.hot(at);
+    require(std::abs(node.total) <= kMaxValue * kMaxVisits, "a value is out of its range");
+    if (node.has_children()) {
+      node.set_first_child(global(nodes, slabs, node.first_child()));
+      return true;
+    }
+    require(!node.is_terminal() || node.end() < tree.ends.size(), "an end has no value");
+    require((node.visits() > 0) == node.is_terminal() && node.in_flight() == node.is_pending(),
+            "the counts of a leaf");
+    return false;
+  }
+
+  static bool is_empty(const HotNode& node) {
+    return node.is_leaf() && !node.is_last() && node.expected_visits() == 0;
+  }
+
+  // The one parent of a block.
+  static NodeIndex check_parent(Nodes& nodes, const SlabNames& slabs, NodeIndex at,
+                                NodeIndex after) {
+    const Nodes::Chunk& chunk = nodes.chunks_[at / Nodes::kChunk];
+    const std::span<NodeIndex> parents(chunk.parent + at % Nodes::kChunk / 4, (after - at) / 4);
+    const NodeIndex parent = global(nodes, slabs, parents[0]);
+    for (NodeIndex& of_group : parents) {
+      require(global(nodes, slabs, of_group) == parent, "siblings have two parents");
+      of_group = parent;
+    }
+    return parent;
   }
 
   static void put_tree(Writer& out, const Nodes& nodes, const Tree& tree) {
@@ -229,8 +277,7 @@ struct Snapshot::Access {
     for (std::size_t i = 0; i < tree.pending.size(); ++i) {
       const Pending& pending = tree.pending[i];
       const bool told = pending.state == State::kTold;
-      out.put(std::uint64_t{pending.path.size()});
-      for (const NodeIndex node : pending.path) out.put(nodes.local(node));
+      out.put(nodes.local(pending.path.back()));
       out.put_list(told ? pending.handles : std::vector<std::int64_t>{});
       out.put(told ? pending.value : 0.0);
       out.put(pending.attempts);
@@ -247,39 +294,45 @@ struct Snapshot::Access {
     tree.oldest = in.get<std::uint32_t>();
     tree.blocked = in.get<std::uint8_t>() != 0;
     tree.ends = in.get_list<double>();
-    for (const double end : tree.ends) require(std::isfinite(end), "a value is not finite");
-    get_nodes(in, forest.nodes_, tree);
-    const auto pending = in.get<std::uint64_t>();
+    for (const double end : tree.ends) {
+      require(std::abs(end) <= kMaxValue, "a value is out of its range");
+    }
     require(tree.simulations >= 1 && tree.simulations <= kMaxVisits &&
                 tree.begun <= tree.simulations && tree.committed <= tree.begun &&
-                tree.oldest <= tree.committed && pending == tree.begun - tree.committed &&
-                pending <= forest.config_.max_in_flight,
+                tree.oldest <= tree.committed,
             "the counts of a tree contradict each other");
-    for (std::uint64_t i = 0; i < pending; ++i) get_pending(in, forest, tree);
+    const SlabNames slabs = get_nodes(in, forest.nodes_, tree);
+    check_nodes(forest.nodes_, tree, slabs);
+    const auto pending = in.get<std::uint64_t>();
+    require(pending == tree.begun - tree.committed && pending <= forest.config_.max_in_flight,
+            "the number of tickets");
+    std::set<NodeIndex> leaves;
+    for (std::uint64_t i = 0; i < pending; ++i) {
+      get_pending(in, forest, tree, slabs);
+      require(leaves.insert(tree.pending[i].path.back()).second, "two tickets have one leaf");
+    }
+    require(!tree.blocked || pending > 0, "a tree waits for nothing");
+    require(forest.may_issue(tree) || pending == 0 || tree.pending[0].state != State::kTold,
+            "a tree waits for what was told");
   }
 
-  static void get_pending(Reader& in, Forest& forest, Tree& tree) {
+  static void get_pending(Reader& in, Forest& forest, Tree& tree, const SlabNames& slabs) {
     Pending& pending = tree.pending.push();
-    pending.path = in.get_list<NodeIndex>();
-    require(!pending.path.empty(), "a ticket has no leaf");
-    NodeIndex above = tree.root;
-    for (NodeIndex& node : pending.path) {
-      node = global_of(forest.nodes_, tree, node);
-      require(forest.nodes_.parent(node) == above, "a ticket's path is none");
-      require(forest.nodes_.hot(node).in_flight() > 0, "a ticket's visits are not on their way");
-      above = node;
+    const Nodes& nodes = forest.nodes_;
+    pending.path = {global(nodes, slabs, in.get<std::uint32_t>())};
+    require(nodes.hot(pending.path[0]).is_pending(), "a ticket's leaf does not wait");
+    while (pending.path.back() != tree.root) {
+      pending.path.push_back(nodes.parent(pending.path.back()));
     }
-    require(pending.path.front() == tree.root, "a ticket's path is none");
-    require(forest.nodes_.hot(above).is_pending(), "a ticket's leaf does not wait");
+    std::reverse(pending.path.begin(), pending.path.end());
     pending.handles = in.get_list<std::int64_t>();
     pending.value = in.get<double>();
     pending.attempts = in.get<std::uint32_t>();
-    const auto state = in.get<std::uint8_t>();
-    pending.state = static_cast<State>(state);
+    pending.state = static_cast<State>(in.get<std::uint8_t>());
     require(pending.state == State::kOut || pending.state == State::kFailed ||
                 pending.state == State::kTold,
             "the state of a ticket");
-    require(std::isfinite(pending.value) && pending.handles.size() <= kMaxChildren &&
+    require(std::abs(pending.value) <= kMaxValue && pending.handles.size() <= kMaxChildren &&
                 pending.attempts >= 1 && pending.attempts <= forest.config_.max_attempts,
             "what was told of a ticket");
     forest.counters_.in_flight += pending.state == State::kOut;
@@ -287,14 +340,6 @@ struct Snapshot::Access {
       forest.counters_.waiting += 1;
       forest.waiting_blocks_ += !pending.handles.empty();
     }
-  }
-
-  static NodeIndex global_of(const Nodes& nodes, const Tree& tree, std::uint32_t local) {
-    std::uint32_t slab = tree.slabs.first;
-    require(local / Nodes::kSlab < tree.slabs.count, "a node lies outside its tree");
-    for (std::uint32_t i = 0; i < local / Nodes::kSlab; ++i) slab = nodes.next_[slab];
-    require(local % Nodes::kSlab < nodes.used_[slab], "a node lies outside its tree");
-    return slab * Nodes::kSlab + local % Nodes::kSlab;
   }
 
   static Bytes write(const Forest& forest) {
@@ -361,6 +406,7 @@ struct Snapshot::Access {
 };
 
 Bytes Snapshot::of(const Forest& forest) {
+  forest.check_whole();
   Bytes bytes = Access::write(forest);
   const std::span<const std::uint8_t> payload = std::span(bytes).subspan(kHeader);
   const std::uint64_t sizes[] = {kSnapshotVersion, payload.size(), checksum(payload)};
@@ -397,19 +443,19 @@ struct Closed {
 };
 using File = std::unique_ptr<std::FILE, Closed>;
 
-[[noreturn]] void fail(const std::string& path) {
-  throw std::system_error(errno, std::generic_category(), path);
+[[noreturn]] void fail(const std::filesystem::path& path) {
+  throw std::filesystem::filesystem_error("Forest", path, {errno, std::generic_category()});
 }
 
-File opened(const std::string& path, const char* mode) {
+File opened(const std::filesystem::path& path, const char* mode) {
   File file(std::fopen(path.c_str(), mode));
   if (!file) fail(path);
   return file;
 }
 
 // Until the bytes are on the disk.
-void write_through(const std::string& path, std::span<const std::uint8_t> bytes) {
-  File file = opened(path, "wb");
+void write_through(File file, const std::filesystem::path& path,
+                   std::span<const std::uint8_t> bytes) {
   if (std::fwrite(bytes.data(), 1, bytes.size(), file.get()) != bytes.size()) fail(path);
   if (std::fflush(file.get()) != 0) fail(path);
 #if defined(__unix__) || defined(__APPLE__)
@@ -420,19 +466,21 @@ void write_through(const std::string& path, std::span<const std::uint8_t> bytes)
 
 }  // namespace
 
-void Snapshot::save(const Forest& forest, const std::string& path) {
+void Snapshot::save(const Forest& forest, const std::filesystem::path& path) {
   const Bytes bytes = of(forest);
-  const std::string part = path + ".tmp";
+  std::filesystem::path part = path;
+  part += ".tmp";
+  File file = opened(part, "wb");  // what is removed below is ours
   try {
-    write_through(part, bytes);
+    write_through(std::move(file), part, bytes);
     if (std::rename(part.c_str(), path.c_str()) != 0) fail(path);
-  } catch (const std::system_error&) {
+  } catch (const std::filesystem::filesystem_error&) {
     std::remove(part.c_str());
     throw;
   }
 }
 
-Forest Snapshot::load(const std::string& path) {
+Forest Snapshot::load(const std::filesystem::path& path) {
   const File file = opened(path, "rb");
   Bytes bytes;
   std::uint8_t part[1 << 16];

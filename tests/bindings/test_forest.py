@@ -3,6 +3,7 @@
 import math
 import random
 import runpy
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,11 +286,12 @@ def test_a_ticket_of_a_removed_tree_is_late():
 def test_removed_trees_make_room():
     forest = Forest(max_bytes=8 << 20)
     world, rng = World(ends=0.0, most=4), random.Random(0)
+    wanted = PlainSearch(world.look, 1500).run(1)
     for _ in range(30):
         tree = forest.add_tree(1, 1500)
         drive(forest, world, rng)
         assert forest.counters().bytes <= 8 << 20
-        same(forest, tree, PlainSearch(world.look, 1500).run(1)[: len(forest.columns(tree))])
+        same(forest, tree, wanted)
         forest.remove_tree(tree)
     assert forest.counters().nodes == 0
 
@@ -324,8 +326,9 @@ def test_too_many_nodes_are_refused_before_anything_changes():
         ({3: np.zeros(4, np.int64)[::2]}, ValueError, "handles must be one-dimensional and contig"),
         ({1: np.zeros(2)}, ValueError, "must be of one length, got 1, 2 and 1"),
         ({2: np.ones(2, np.uint32)}, ValueError, "must be of one length, got 1, 1 and 2"),
-        ({1: np.array([math.nan])}, ValueError, "values must be finite, got nan at 0"),
-        ({1: np.array([-math.inf])}, ValueError, "values must be finite, got -inf at 0"),
+        ({1: np.array([math.nan])}, ValueError, r"in \[-1e300, 1e300\], got nan at 0"),
+        ({1: np.array([-math.inf])}, ValueError, r"in \[-1e300, 1e300\], got -inf at 0"),
+        ({1: np.frombuffer(bytes(9), np.float64, offset=1)}, ValueError, "values must be aligned"),
         ({2: np.array([65], np.uint32)}, ValueError, "num_children must be <= 64, got 65 at 0"),
         ({3: np.zeros(3, np.int64)}, ValueError, "as many as all num_children together, 2, got 3"),
     ],
@@ -350,7 +353,7 @@ def test_tell_refuses(change, error, match):
         ({"max_in_flight": 256}, r"max_in_flight must be in \[1, 255\], got 256"),
         ({"visits_per_flight": 0}, "visits_per_flight must be >= 1"),
         ({"max_attempts": 0}, "max_attempts must be >= 1"),
-        ({"failed_value": math.inf}, "failed_value must be finite"),
+        ({"failed_value": math.inf}, r"failed_value must be in \[-1e300, 1e300\], got inf"),
     ],
 )
 def test_config_refuses(options, match):
@@ -362,3 +365,47 @@ def test_config_refuses(options, match):
 def test_add_tree_refuses(simulations):
     with pytest.raises(ValueError, match=r"simulations must be in \[1, 16777215\], got"):
         Forest().add_tree(1, simulations)
+
+
+def test_the_greatest_values_have_finite_sums():
+    forest = Forest(failed_value=-1e300)
+    tree = forest.add_tree(1, 1000)
+    leaves = forest.ask(1)
+    with pytest.raises(ValueError, match=r"values must be in \[-1e300, 1e300\], got 1000"):
+        forest.tell(leaves.ticket, np.array([1.0001e300]), np.ones(1, np.uint32), np.ones(1, int))
+    forest.tell(leaves.ticket, np.array([1e300]), np.zeros(1, np.uint32), np.zeros(0, np.int64))
+    assert len(forest.ask(1)) == 0
+    assert forest.columns(tree).total[0] == pytest.approx(1e303)
+    assert Forest.from_bytes(forest.to_bytes()).is_finished(tree)
+
+
+def test_a_call_beside_another_is_refused():
+    """And 2^24 - 1 visits, all in one call, fit their counter."""
+    forest = Forest()
+    tree = forest.add_tree(1, 2**24 - 1)
+    leaves = forest.ask(1)
+    forest.tell(leaves.ticket, np.array([0.5]), np.zeros(1, np.uint32), np.zeros(0, np.int64))
+
+    def ask():
+        while True:
+            try:
+                assert len(forest.ask(1)) == 0
+            except RuntimeError:  # the calls below were first
+                continue
+            return
+
+    other = threading.Thread(target=ask)
+    other.start()
+    refused = 0
+    while other.is_alive():
+        try:
+            forest.counters()
+        except RuntimeError as error:
+            assert "another thread is in a call of this forest" in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 0
+    columns = forest.columns(tree)
+    assert columns.visits.tolist() == [2**24 - 1]
+    assert columns.total.tolist() == [(2**24 - 1) / 2]
+    assert not columns.in_flight.any()
+    assert forest.is_finished(tree)

@@ -100,6 +100,27 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["forest"]
 
 
+def test_paths_are_those_of_open(tmp_path):
+    forest = started(3).forest
+    for path in (tmp_path / "a", str(tmp_path / "b"), os.fsencode(tmp_path) + b"/\xff"):
+        forest.save(path)
+        assert Forest.load(path).to_bytes() == forest.to_bytes()
+    with pytest.raises(FileNotFoundError) as caught:
+        Forest.load(str(tmp_path / "\udcfe"))
+    assert caught.value.filename == str(tmp_path / "\udcfe")
+    precious = (tmp_path / "a").read_bytes()
+    with pytest.raises(TypeError):
+        started(9).forest.save(str(tmp_path / "a\0b"))
+    assert (tmp_path / "a").read_bytes() == precious
+
+
+def test_what_lies_in_the_way_of_the_temporary_file_stays(tmp_path):
+    (tmp_path / "forest.tmp").mkdir()
+    with pytest.raises(IsADirectoryError):
+        started(3).forest.save(tmp_path / "forest")
+    assert (tmp_path / "forest.tmp").is_dir()
+
+
 def resealed(payload):
     """A snapshot with a good checksum around any bytes."""
 
@@ -144,7 +165,7 @@ def test_no_altered_byte_crashes():
     """With a good checksum each is refused, or makes a forest that still runs."""
     data = started(40).forest.to_bytes()[HEADER.size :]
     rng, refused, ran = random.Random(0), 0, 0
-    for _ in range(1500):
+    for _ in range(500):
         at = rng.randrange(len(data))
         altered = bytearray(data)
         altered[at] = rng.randrange(256)
@@ -160,7 +181,7 @@ def test_no_altered_byte_crashes():
             forest.tell(leaves.ticket, np.zeros(n), np.full(n, 2, np.uint32), np.arange(2 * n))
         forest.to_bytes()
     assert refused > 100
-    assert ran > 100
+    assert ran > 50
 
 
 KILLED = """

@@ -6,8 +6,7 @@
 //
 // The result of a tree depends on the values told and on nothing else.  Each tree repeats:
 //   - issue a ticket, if it may: simulations left, fewer tickets out than its cap, and the leaf
-//   that
-//     selection leads to is not one of them;
+//     that selection leads to is not one of them;
 //   - else commit the oldest ticket out: give the leaf its children and back its value up.
 // So trees do not depend on each other, on the size of batches or on the order of results, and a
 // pending leaf is never handed out twice.  A leaf that was told without children is an end: it is
@@ -31,12 +30,14 @@ namespace tercet {
 using TreeId = std::uint32_t;
 using Ticket = std::uint64_t;  // tree << 32 | how many the tree issued before
 
+inline constexpr double kMaxValue = 1e300;  // of size: kMaxVisits of them have a finite sum
+
 struct ForestConfig {
   double c_uct{1.41421356237309514547};         // >= 0
   std::uint32_t max_in_flight{1};               // tickets of a tree, 1 to kMaxInFlight
   std::uint32_t visits_per_flight{16};          // a tree of n visits may have 1 + n / this many out
   std::uint32_t max_attempts{3};                // at a leaf whose evaluation fails
-  double failed_value{0.0};                     // of a leaf that failed as often
+  double failed_value{0.0};                     // of a leaf that failed as often, to kMaxValue
   std::size_t max_bytes{std::size_t{8} << 30};  // of nodes
 };
 
@@ -99,6 +100,8 @@ struct TreeColumns {
   std::vector<std::uint8_t> terminal;
 };
 
+// Where memory runs out in the middle of a change, nothing of the forest can be relied on: that
+// call throws std::bad_alloc, and each later one std::runtime_error.
 class Forest {
  public:
   friend class Snapshot;
@@ -117,9 +120,9 @@ class Forest {
   // At most max_leaves.  None: everything waits for tell(), or is done.
   [[nodiscard]] Leaves ask(std::size_t max_leaves);
 
-  // Throws before anything changes: std::invalid_argument for unequal lengths, a value that is not
-  // finite or more than kMaxChildren children, BadTicket for a ticket, std::length_error where
-  // there is not room for all the children.
+  // Throws before anything changes: std::invalid_argument for unequal lengths, a value beyond
+  // kMaxValue or more than kMaxChildren children, BadTicket for a ticket, std::length_error where
+  // there may not be room for all the children.
   void tell(const Results& results);
 
   // The evaluation failed: the leaf is handed out again, or, after max_attempts, is an end with
@@ -182,6 +185,7 @@ class Forest {
     HotNode* node;  // that the descent has reached
   };
 
+  void check_whole() const;
   [[nodiscard]] Tree& checked(TreeId tree);
   [[nodiscard]] const Tree& checked(TreeId tree) const;
   [[nodiscard]] bool may_issue(const Tree& tree) const;
@@ -209,6 +213,7 @@ class Forest {
   std::vector<Lane> lanes_;        // workspace of ask()
   std::size_t waiting_blocks_{0};  // children told and not committed
   Counters counters_;
+  bool torn_{false};  // while a change is not complete
 };
 
 }  // namespace tercet

@@ -143,7 +143,7 @@ class Nodes {
     NodeIndex* parent;  // of each group of four
   };
 
-  NodeIndex add_block(Slabs& slabs, std::uint32_t size);
+  NodeIndex add_block(Slabs& slabs, NodeIndex parent, std::span<const std::int64_t> handles);
   std::uint32_t open_slab(Slabs& slabs);  // the next of a tree, empty
   void add_chunk();
 

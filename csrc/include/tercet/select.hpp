@@ -9,23 +9,25 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "tercet/nodes.hpp"
 
 namespace tercet {
 
-// std::log of whole numbers, those below 2^16 from a table.
+// std::log of whole numbers, those below 2^16 from a table that all forests share.
 class Logarithms {
  public:
   Logarithms();
   [[nodiscard]] double operator()(std::uint32_t n) const {
-    return n < table_.size() ? table_[n] : std::log(static_cast<double>(n));
+    return n < kTable ? table_[n] : std::log(static_cast<double>(n));
   }
 
  private:
-  std::vector<double> table_;
+  static constexpr std::uint32_t kTable = 1u << 16;
+
+  const double* table_;
 };
 
 // Position of the chosen child in a block, given log(N + O) of its parent.

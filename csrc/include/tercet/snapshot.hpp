@@ -6,16 +6,16 @@
 //   "tercetF\n"  version u32  0 u32  bytes of what follows u64  their checksum u64
 //   settings, counters, trees (numbers, ends, slabs of nodes by local names, tickets), queues
 //
-// Reading checks lengths, the checksum and every index, so that no file can make it read or later
-// walk outside its own nodes.
+// Reading checks lengths, the checksum and that nodes and tickets are those of a tree that a search
+// can have, so that no file can make it read or later walk outside its own nodes, or wait forever.
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <new>
 #include <span>
 #include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -57,11 +57,11 @@ class Snapshot {
   [[nodiscard]] static Forest restore(std::span<const std::uint8_t> bytes);
 
   // Writes to path + ".tmp", then renames, so that `path` is the old file or the whole new one.
-  // Throws std::system_error, and leaves no temporary file.
-  static void save(const Forest& forest, const std::string& path);
+  // Throws std::filesystem::filesystem_error, and leaves no temporary file.
+  static void save(const Forest& forest, const std::filesystem::path& path);
 
-  // Throws std::system_error or as restore().
-  [[nodiscard]] static Forest load(const std::string& path);
+  // Throws std::filesystem::filesystem_error or as restore().
+  [[nodiscard]] static Forest load(const std::filesystem::path& path);
 
  private:
   struct Access;
