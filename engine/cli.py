@@ -9,7 +9,10 @@ import os
 import re
 import signal
 import sys
-from typing import NamedTuple, NoReturn
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 
 class Command(NamedTuple):
@@ -124,16 +127,11 @@ def _run(command: Command, argv: list[str], prog: str) -> int:
     """Calls a command and turns the errors that a user can mend into one line each."""
     from tercet.engine.config import ConfigError
 
-    terminated: list[int] = []
-
-    def terminate(number: int, _: object) -> NoReturn:
-        terminated.append(number)
-        raise KeyboardInterrupt
-
     module, _, function = command.target.partition(":")
-    before = signal.signal(signal.SIGTERM, terminate)  # leaves nothing half-written, as Ctrl-C
+    terminated: list[int] = []
     try:
-        return getattr(importlib.import_module(module), function)(argv, prog)
+        with _sigterm_as_ctrl_c(terminated):
+            return getattr(importlib.import_module(module), function)(argv, prog)
     except BrokenPipeError:
         raise
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
@@ -146,6 +144,33 @@ def _run(command: Command, argv: list[str], prog: str) -> int:
             told = "the same command goes on from the last checkpoint, if there is one"
         sys.stderr.write(f"\n{prog}: stopped{'; ' if told else ''}{told}\n")
         return 143 if terminated else 130
+
+
+@contextmanager
+def _sigterm_as_ctrl_c(came: list[int]) -> Iterator[None]:
+    """Within, SIGTERM unwinds as Ctrl-C does, so that nothing is left half-written.
+
+    The first alone: `timeout` sends two, and the second would cut the cleaning up short.  Nothing
+    changes in a thread, where Python allows no handler, nor for who ignores SIGTERM or handles it
+    outside Python.
+
+    Args:
+        came: gets the signals that come.
+    """
+
+    def stop(number: int, _: object) -> None:
+        came.append(number)
+        if len(came) == 1:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    in_thread = threading.current_thread() is not threading.main_thread()
+    if in_thread or before is None or before == signal.SIG_IGN:
+        yield
+        return
+    try:
+        signal.signal(signal.SIGTERM, stop)
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,59 @@ def test_only_what_resumes_says_so_after_ctrl_c(monkeypatch, capsys):
         told = "; the same command goes on from the last checkpoint, if there is one"
         more = told if name in resuming else ""
         assert capsys.readouterr().err == f"\ntercet {name}: stopped{more}\n"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Lets a function be what `tercet doctor` runs."""
+
+    def runs(function):
+        target = f"{doctor.__name__}:{function.__name__}"
+        monkeypatch.setitem(COMMANDS, "doctor", COMMANDS["doctor"]._replace(target=target))
+        monkeypatch.setattr(doctor, function.__name__, function, raising=False)
+
+    return runs
+
+
+def test_a_second_sigterm_does_not_end_the_cleaning_up(command, capsys):
+    done = []
+
+    def terminated(*_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # `timeout` sends two
+            done.append("cleaned")
+
+    command(terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["doctor"]) == 143
+    assert done == ["cleaned"]
+    assert capsys.readouterr().err == "\ntercet doctor: stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_who_ignores_sigterm_goes_on(command):
+    def ignoring(*_):
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    command(ignoring)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert main(["doctor"]) == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_command_runs_in_a_thread(tmp_path, capsys):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(main(["report", str(tmp_path / "none")])))
+    thread.start()
+    thread.join()
+    assert found == [1]
+    assert "got no folder" in capsys.readouterr().err
 
 
 def test_doctor_says_what_each_op_runs():
