@@ -77,10 +77,13 @@ def rewind_jsonl(path: Path, *, last_step: int | None) -> int:
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new one, never half of it.
 
+    A link stays one: the file behind it is written.
+
     Raises:
         OSError: as `removed_on_failure`; it cannot be made.
     """
     data = text.encode("utf-8", "replace")  # half a surrogate pair becomes "?"
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(path.name + ".tmp")
     told = {
         "function": "replace_text",

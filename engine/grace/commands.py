@@ -179,18 +179,19 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
 
     Raises:
         ConfigError: as `load_config`.
-        FileNotFoundError, OSError: no such data or model, or one that cannot be read; output is a
-            folder or cannot be written.
+        FileNotFoundError, OSError: no such data or model, or one that cannot be read; output cannot
+            be written.
         ValueError: as `held_out`, `read_rows`, `GraceEncoder.from_pretrained` and
-            `GraceEncoder.encode`; fewer than two rows to measure; a score that is no finite number.
+            `GraceEncoder.encode`; fewer than two rows to measure; a score that is no finite number;
+            output is there and no file.
     """
     config = load_config(EvalConfig, argv, prog=prog)
     output = None if config.output is None else Path(config.output)
-    if output is not None and output.is_dir():
-        raise IsADirectoryError(
-            f"eval: output must be a file, got the folder {output}; name another"
+    if output is not None and output.exists() and not output.is_file():
+        raise ValueError(
+            f"eval: output must be a file, got {output}, a folder, pipe or device; name a file"
         )
-    if output is not None and not output.absolute().parent.is_dir():
+    if output is not None and not output.resolve().parent.is_dir():  # of a link, its file's
         raise FileNotFoundError(
             f"eval: output must be a file in a folder that exists, got {output}; make it"
         )

@@ -128,6 +128,17 @@ def test_a_run_is_called_as_the_table_calls_it(tmp_path):
     assert re.findall("<h2>(.*?)</h2>", page)[-2:] == named
 
 
+def test_a_page_behind_a_link_is_written_there(tmp_path):
+    run = make_run(tmp_path / "run")
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(page)
+    for _ in range(2):  # once to nowhere, once over the page
+        assert write_report(run, output=link) == link
+        assert link.is_symlink()
+        assert page.read_text().startswith("<!doctype html>")
+    assert sorted(tmp_path.iterdir()) == [link, page, run]
+
+
 def test_one_run_needs_no_legend(tmp_path):
     assert 'class="legend"' not in write_report(make_run(tmp_path / "run")).read_text()
 

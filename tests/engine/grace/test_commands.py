@@ -191,8 +191,15 @@ def test_a_place_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path, c
     encode = ["grace", "encode", "--input", str(tmp_path / "none"), "--output-dir", str(link)]
     assert main([*encode, *argv]) == 1
     assert f"output_dir must be new, got {link}; name another" in capsys.readouterr().err
-    assert main(["grace", "eval", *argv, "--output", str(tmp_path)]) == 1
-    assert f"output must be a file, got the folder {tmp_path}; name" in capsys.readouterr().err
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for output in (tmp_path, pipe):
+        assert main(["grace", "eval", *argv, "--output", str(output)]) == 1
+        assert f"output must be a file, got {output}, a folder, pipe" in capsys.readouterr().err
+    link = tmp_path / "deep"
+    link.symlink_to(tmp_path / "no" / "file")
+    assert main(["grace", "eval", *argv, "--output", str(link)]) == 1
+    assert "output must be a file in a folder that exists, got" in capsys.readouterr().err
 
 
 def run_eval(tmp_path, *argv):
