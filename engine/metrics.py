@@ -31,7 +31,14 @@ from rich.text import Text
 
 from tercet.engine.config import changes, to_plain, to_yaml
 from tercet.engine.environment import environment
-from tercet.engine.files import append_jsonl, lock, read_jsonl, replace_text, rewind_jsonl
+from tercet.engine.files import (
+    append_jsonl,
+    lock,
+    read_jsonl,
+    read_object,
+    replace_text,
+    rewind_jsonl,
+)
 
 EVENTS, LOCK = "events.jsonl", "run.lock"
 ROW_FILES = ("metrics.jsonl", "samples.jsonl", EVENTS)
@@ -183,9 +190,14 @@ class RunLog:
             for name in ROW_FILES:
                 rewind_jsonl(folder / name, last_step=None)
             self._warn_changes(folder / "config.yaml", config)
+        env = folder / "env.json"
+        before = read_object(env, "RunLog.create", "restore or delete it") if env.exists() else {}
+        started = before.get(
+            "started", datetime.now(UTC).isoformat()
+        )  # a resumed run keeps its own
         replace_text(folder / "config.yaml", to_yaml(config))
-        facts = {"started": datetime.now(UTC).isoformat(), **environment()}
-        replace_text(folder / "env.json", json.dumps(facts, indent=2) + "\n")
+        facts = {"started": started, **environment()}
+        replace_text(env, json.dumps(facts, indent=2) + "\n")
 
     def _event(self, kind: str, message: str) -> None:
         append_jsonl(self.folder / EVENTS, [{"step": self.step, "kind": kind, "message": message}])

@@ -77,6 +77,18 @@ def test_a_fresh_run_writes_its_settings_and_its_machine(tmp_path):
     assert set(env["implementations"]) >= {"linear_logp", "segment_mean", "attention"}
 
 
+def test_a_resumed_run_was_started_when_it_began(tmp_path):
+    run_log(tmp_path).close()
+    before = json.loads((tmp_path / "env.json").read_text())
+    (tmp_path / "env.json").write_text(json.dumps({**before, "cpu": "another"}))
+    run_log(tmp_path, resume=True).close()
+    assert json.loads((tmp_path / "env.json").read_text()) == before
+    (tmp_path / "env.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"env\.json must be a JSON object, .*; restore or delete"):
+        run_log(tmp_path, config=Settings(model="other"), resume=True)
+    assert "tiny" in (tmp_path / "config.yaml").read_text()
+
+
 def test_environment_variables_stay_out_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     with run_log(tmp_path) as log:
