@@ -85,9 +85,69 @@ void released_slabs_are_used_again_and_the_limit_holds() {
   CHECK(root == 7 * Nodes::kSlab && nodes.hot(root).is_leaf() && nodes.local(root) == 0);
 }
 
+void memory_that_was_used_looks_like_new() {
+  Nodes nodes(kChunkBytes);
+  Slabs old;
+  const NodeIndex first_root = nodes.add_root(old, 9);
+  const NodeIndex children = nodes.add_children(old, first_root, handles(60, 1));
+  CHECK(old.count == 1);  // a slab is full to its last node
+  for (NodeIndex node = first_root; node < children + 60; ++node) {
+    nodes.hot(node).depart();
+    nodes.hot(node).arrive(1.0);
+    nodes.hot(node).set_end(1);
+    nodes.hot(node).set_last();
+  }
+  nodes.release(old);
+  Slabs fresh;
+  const NodeIndex root = nodes.add_root(fresh, 7);
+  CHECK(root == first_root && nodes.add_children(fresh, root, handles(5, 10)) == root + 4);
+  const std::vector<std::int64_t> names{7, 0, 0, 0, 10, 11, 12, 13, 14, 0, 0, 0};
+  for (std::uint32_t i = 0; i < names.size(); ++i) {
+    const HotNode& node = nodes.hot(root + i);
+    CHECK(node.total == 0.0 && node.expected_visits() == 0 && nodes.handle(root + i) == names[i]);
+    CHECK(node.has_children() == (i == 0) && node.is_last() == (i == 0 || i == 8));
+    CHECK(!node.is_terminal() && nodes.parent(root + i) == root);
+  }
+}
+
+void trees_of_many_slabs_share_two_chunks() {
+  constexpr std::size_t kSlabs = Nodes::kChunk / Nodes::kSlab;
+  Nodes nodes(2 * kChunkBytes);
+  Slabs trees[2];
+  NodeIndex last[2];
+  for (int i = 0; i < 2; ++i) last[i] = nodes.add_root(trees[i], i);
+  for (std::uint32_t round = 0; round < kSlabs * 3 / 4; ++round) {
+    for (int i = 0; i < 2; ++i) {
+      last[i] = nodes.add_children(trees[i], last[i], handles(round % 2 == 0 ? 64 : 40, round));
+      CHECK(nodes.local(last[i]) == (round + 1) * Nodes::kSlab);
+    }
+  }
+  CHECK(nodes.bytes() == 2 * kChunkBytes);
+  for (int i = 0; i < 2; ++i) {
+    const std::vector<NodeIndex> all = nodes.all(trees[i]);
+    CHECK(all.size() == 1 + kSlabs * 3 / 8 * 104 && nodes.handle(all[0]) == i);
+    for (std::size_t k = 1; k < all.size(); ++k)
+      CHECK(nodes.local(all[k - 1]) < nodes.local(all[k]));
+  }
+  const std::size_t left = 2 * kSlabs - trees[0].count - trees[1].count;
+  nodes.release(trees[0]);
+  nodes.reserve(left + trees[0].count);
+  CHECK_THROWS(nodes.reserve(left + trees[0].count + 1), std::length_error);
+  std::vector<bool> taken(2 * kSlabs);
+  for (const NodeIndex node : nodes.all(trees[1])) taken[node / Nodes::kSlab] = true;
+  for (std::size_t i = 0; i < left + trees[0].count; ++i) {
+    Slabs other;
+    const NodeIndex root = nodes.add_root(other, 1);
+    CHECK(!taken[root / Nodes::kSlab]);
+    taken[root / Nodes::kSlab] = true;
+  }
+}
+
 }  // namespace
 
 int main() {
+  memory_that_was_used_looks_like_new();
+  trees_of_many_slabs_share_two_chunks();
   counts_and_links_share_eight_bytes();
   blocks_of_two_trees_lie_in_their_own_slabs();
   released_slabs_are_used_again_and_the_limit_holds();
