@@ -280,10 +280,10 @@ def test_chunks_on_cuda_are_whole_blocks_of_cublas(impl, rows, budget):
     assert plan.height % 128 == 0 or (budget == 64 and plan.height > 64)
     assert plan.height - (rows - (chunks - 1) * plan.height) < 128 * chunks
     row = 4 * (vocab + 3 * hidden)
-    assert plan.height * row + plan.tile_bytes(2, 4) <= budget << 20
+    tile = min(tiles.CUDA_TILE_BYTES, budget << 18)
+    assert plan.height * row + tile <= budget << 20
     fewer = rows / (chunks - 1) + 128  # rows of a chunk, were there one chunk less
     assert fewer * row > (budget << 20) - tiles.CUDA_TILE_BYTES
-    tile = min(tiles.CUDA_TILE_BYTES, budget << 18)
     assert tile >= 2 * plan.width * max(plan.height, hidden) > tile / 2  # or a cast part
     count = -(-vocab // plan.width)
     assert plan.width % 128 == 0
