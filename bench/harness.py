@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -187,6 +188,13 @@ def progress(done: int, total: int, seconds: float) -> str:
 
 def main(cases: Mapping[str, Callable[[], Case]]) -> None:
     """Runs the cases named on the command line, or all; --list only names them."""
+    try:
+        _main(cases)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the cases that ran are written")
+
+
+def _main(cases: Mapping[str, Callable[[], Case]]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("case", nargs="*", help="default: all")
     parser.add_argument(

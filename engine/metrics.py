@@ -157,7 +157,8 @@ class RunLog:
         self.step = max(step, 0)
         if any(dropped.values()):
             told = ", ".join(f"{count} of {name}" for name, count in dropped.items() if count)
-            self.info(f"dropped the lines after step {step} ({told}): those steps come again")
+            after = f"the lines after step {step}" if step >= 0 else "all lines"
+            self.info(f"dropped {after} ({told}): those steps come again")
 
     def last_metrics(self) -> dict[str, float]:
         """The last row of metrics.jsonl, without its step; empty when there is none."""

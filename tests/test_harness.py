@@ -269,6 +269,15 @@ def test_sides_and_rounds_may_be_left_out_and_are_named(tmp_path, capsys, monkey
         harness.without(_case(), ["ours"])
 
 
+def test_a_bench_that_is_stopped_says_so_in_a_line(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["toy.py"])
+    with pytest.raises(SystemExit, match="^stopped; the cases that ran are written$"):
+        harness.main({"toy": interrupted})
+
+
 def test_every_round_has_an_order_of_its_own():
     turns = []
     sides = {name: partial(turns.append, name) for name in ("ours", "a", "b", "c")}

@@ -330,6 +330,7 @@ def test_rewind_drops_later_rows_of_every_file_and_says_so(tmp_path):
         )
         log.rewind(-1)
         assert read_jsonl(tmp_path / "metrics.jsonl") == []
+        assert read_jsonl(tmp_path / "events.jsonl")[-1]["message"].startswith("dropped all lines")
 
 
 @pytest.mark.parametrize("row", ['{"a": 1}', '{"step": "1"}', '{"step": null}', '{"step": true}'])
