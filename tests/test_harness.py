@@ -274,7 +274,7 @@ def test_a_bench_that_is_stopped_says_so_in_a_line(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.argv", ["toy.py"])
-    with pytest.raises(SystemExit, match="^stopped; the cases that ran are written$"):
+    with pytest.raises(SystemExit, match=r"^stopped; the cases that ran are written$"):
         harness.main({"toy": interrupted})
 
 
