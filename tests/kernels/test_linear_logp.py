@@ -92,7 +92,7 @@ def test_plan_fills_the_budget(impl, device):
     assert impl in ("triton", "torch", "auto")
 
 
-CUTS = [(151_936, 20_000), (1150, 600), (1000, 511), (1000, 100), (1000, 5000), (7, 0)]
+CUTS = [(151_936, 20_000), (1150, 600), (513, 350), (1000, 511), (1000, 100), (1000, 5000), (7, 0)]
 
 
 @pytest.mark.parametrize(("vocab", "most"), CUTS, ids=str)
