@@ -95,7 +95,7 @@ class Worker:
     def run(self, tests: tuple[str, ...]) -> tuple[int, str]:
         """Exit status and output of pytest, or of the C++ tests where `tests` names a C++ file."""
         if tests[0].endswith(".cpp"):
-            return self._run_cpp()
+            return self._run_cpp([Path(test).stem for test in tests])
         output = self.tree / "output"
         call = {"tree": str(self.tree), "tests": tests, "output": str(output)}
         server = self._started()
@@ -110,10 +110,11 @@ class Worker:
             self._server.terminate()
             self._server.wait()
 
-    def _run_cpp(self) -> tuple[int, str]:
+    def _run_cpp(self, names: list[str]) -> tuple[int, str]:
+        script = CXX_TESTS.format(targets=" ".join(names), pattern="|".join(names))
         try:
             done = subprocess.run(
-                ["nice", "-n", "10", "sh", "-c", CXX_TESTS], cwd=self.tree, timeout=TIMEOUT_S,
+                ["nice", "-n", "10", "sh", "-c", script], cwd=self.tree, timeout=TIMEOUT_S,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -136,8 +137,8 @@ class Worker:
 
 CXX_TESTS = """
 cmake -S csrc -B build -DTERCET_BUILD_TESTS=ON -DTERCET_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug &&
-cmake --build build || exit 2
-ctest --test-dir build --output-on-failure || exit 1
+cmake --build build --target {targets} || exit 2
+ctest --test-dir build --tests-regex '^({pattern})$' --output-on-failure --stop-on-failure || exit 1
 """
 
 

@@ -103,10 +103,9 @@ TreeId Forest::add_tree(std::int64_t root_handle, std::uint32_t simulations) {
   Tree& tree = trees_.emplace_back();
   tree.root = nodes_.add_root(tree.slabs, root_handle);
   tree.simulations = simulations;
-  tree.queued = true;
-  ready_.push_back(id);
   counters_.trees += 1;
   counters_.nodes += 1;
+  advance(id);
   torn_ = false;
   return id;
 }

@@ -596,6 +596,26 @@ void memory_that_runs_out_changes_nothing_or_is_said_ever_after() {
   CHECK(torn > 20 && whole > 20);
 }
 
+void memory_that_runs_out_in_a_refusal_changes_nothing() {
+  Forest forest = with_three_out();
+  Told both;
+  both.add(3, 0.0, {1});
+  both.add(77, 0.0, {1});
+  int failures = 0;
+  for (bool refused = false; !refused; ++failures) {
+    std::int64_t allowed = failures;
+    try {
+      within(allowed, [&] { forest.tell(both.results()); });
+    } catch (const BadTicket&) {
+      refused = true;
+    }
+    allocations_left = kUnlimited;
+    CHECK(forest.counters().in_flight == 3);
+  }
+  CHECK(failures > 1);
+  tell_one(forest, 3, 0.0, 1);
+}
+
 }  // namespace
 
 int main() {
@@ -615,4 +635,5 @@ int main() {
   sums_of_the_greatest_values_are_finite();
   the_greatest_cap_holds();
   memory_that_runs_out_changes_nothing_or_is_said_ever_after();
+  memory_that_runs_out_in_a_refusal_changes_nothing();
 }
