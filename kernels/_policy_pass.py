@@ -287,10 +287,11 @@ class _Pass:
         shape = hidden.shape if needs.hidden else (0,)
         d_hidden = self.d_hidden[rows] if direct else self.stats.new_empty(shape)
         for columns in lt.cuts(0, len(head.weight), self.plan.width):
-            weight = head.chunk(columns)[0]
             tile = self.tile(height, columns, live, query, grads)
             if needs.hidden:
+                weight = head.chunk(columns)[0]
                 lt.product(tile, weight, out=d_hidden, add=columns.start > 0)
+                del weight  # a cast part, before the next one comes
             if needs.weight:
                 lt.product(tile.t(), hidden, out=self.d_weight[columns], add=self.started)
             if needs.bias:
@@ -426,6 +427,7 @@ class _ExponentialPass(_Pass):
         for columns in lt.cuts(0, len(self.head.weight), self.plan.width):
             weight = self.head.chunk(columns)[0]
             lt.product(e[:, columns], weight, out=out[: len(e)], add=columns.start > 0)
+            del weight  # a cast part, before the next one comes
         out[: len(e)].mul_(c)
         packing.unpack(out)
         if not isinstance(rows, slice):
