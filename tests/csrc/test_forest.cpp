@@ -12,6 +12,7 @@
 
 #include "check.hpp"
 #include "tercet/forest.hpp"
+#include "tercet/snapshot.hpp"
 
 using tercet::BadTicket;
 using tercet::Counters;
@@ -581,6 +582,7 @@ bool grown_within(std::int64_t allowed, bool& torn) {
     CHECK_THROWS(forest.fail({}), std::runtime_error);
     CHECK_THROWS(forest.columns(0), std::runtime_error);
     CHECK_THROWS(forest.counters(), std::runtime_error);
+    CHECK_THROWS(tercet::Snapshot::of(forest), std::runtime_error);
     torn = true;
   }
   return !enough;

@@ -81,13 +81,20 @@ void reseal(tercet::Bytes& bytes) {
 }
 
 void a_restored_forest_is_the_same() {
-  const Forest forest = half_grown();
+  Forest forest = half_grown();
   const tercet::Bytes bytes = Snapshot::of(forest);
   Forest again = Snapshot::restore(bytes);
   CHECK(Snapshot::of(again) == bytes);
   CHECK(again.counters().in_flight == forest.counters().in_flight);
   CHECK(again.counters().waiting == forest.counters().waiting && again.counters().waiting > 0);
   CHECK(again.counters().nodes == forest.counters().nodes && again.counters().trees == 2);
+  for (int round = 0; round < 20; ++round) {
+    for (Forest* one : {&forest, &again}) {
+      const Leaves leaves = one->ask(5);
+      tell(*one, std::span(leaves.ticket).subspan(leaves.size() / 3));
+    }
+    CHECK(Snapshot::of(forest) == Snapshot::of(again));
+  }
 }
 
 void every_shorter_file_is_refused() {
@@ -266,8 +273,36 @@ void contradictions_are_refused() {
   refuses({{failed, u64{2} << 32}}, "a queue names no tree");
   refuses({{failed, u64{0}}}, "names no ticket");
   refuses({{failed, u64{2}}}, "names no ticket");
-  refuses({{failed, u64{5}}}, "names no ticket");
+  for (u64 ticket = 5; ticket < 12; ++ticket) refuses({{failed, ticket}}, "names no ticket");
   refuses({{at::kPending + 24, u8{2}}}, "a failed ticket is forgotten");
+}
+
+// A root, its child and a child of that, where the last two have changed places.
+void children_before_their_parents_are_refused() {
+  Forest forest({});
+  forest.add_tree(7, 20);
+  const std::int64_t handle = 1;
+  const double value = 0.5;
+  const std::uint32_t one = 1;
+  for (int round = 0; round < 2; ++round) {
+    const Leaves leaves = forest.ask(1);
+    forest.tell({leaves.ticket, {&value, 1}, {&one, 1}, {&handle, 1}});
+  }
+  const tercet::Bytes bytes = Snapshot::of(forest);
+  const std::size_t hot = at::kHot - 8, parents = at::kParents - 8;  // there are no ends
+  CHECK(read<std::uint32_t>(bytes, hot + 12) == (4u << 1 | 1));
+  CHECK(read<std::uint32_t>(bytes, hot + 4 * 16 + 12) == (8u << 1 | 1));
+  CHECK(refused(bytes,
+                {{hot + 12, 8u << 1 | 1},
+                 {hot + 4 * 16, 0.0},
+                 {hot + 4 * 16 + 8, 0u},
+                 {hot + 4 * 16 + 12, 1u},
+                 {hot + 8 * 16, 0.5},
+                 {hot + 8 * 16 + 8, 1u << 8},
+                 {hot + 8 * 16 + 12, 4u << 1 | 1},
+                 {parents + 4, 8u},
+                 {parents + 8, 0u}},
+                "not its parent's child"));
 }
 
 void lists_of_the_wrong_length_are_refused() {
@@ -308,7 +343,11 @@ void headers_that_do_not_fit_are_refused() {
   CHECK(why(7, 1).find("does not begin as one") != std::string::npos);
   CHECK(why(8, 3).find("has version 2; this build reads version 1") != std::string::npos);
   CHECK(why(12, 1).find("has version") != std::string::npos);
-  CHECK(why(16, 1).find("is cut off or too long") != std::string::npos);
+  const auto low = static_cast<std::uint8_t>(bytes.size() - kHeader);
+  for (const int size : {low - 1, low + 1}) {
+    const auto flip = static_cast<std::uint8_t>(low ^ size);
+    CHECK(why(16, flip).find("is cut off or too long") != std::string::npos);
+  }
   CHECK(why(24, 1).find("its checksum differs") != std::string::npos);
   CHECK(why(bytes.size() - 1, 1).find("its checksum differs") != std::string::npos);
 }
@@ -319,6 +358,13 @@ void too_little_room_is_said() {
   std::memcpy(bytes.data() + at::kConfig + 28, &max_bytes, sizeof(max_bytes));
   reseal(bytes);
   CHECK_THROWS(Snapshot::restore(bytes), std::length_error);
+}
+
+void a_finished_tree_stays_finished() {
+  Forest forest({});
+  forest.add_tree(1, 1);
+  tell(forest, forest.ask(1).ticket);
+  CHECK(Snapshot::restore(Snapshot::of(forest)).counters().finished == 1);
 }
 
 // A waiting block of children keeps its slab free after a restart, too.
@@ -344,6 +390,17 @@ void room_for_what_waits_is_kept() {
   CHECK_THROWS(again.add_tree(1, 5), std::length_error);
   tell_one(again, 1, 0);
   CHECK(again.ask(1).size() == 1 && again.counters().waiting == 1);
+  config.max_bytes *= 2;
+  tercet::Bytes bytes = Snapshot::of(forest);
+  std::memcpy(bytes.data() + at::kConfig + 28, &config.max_bytes, sizeof(config.max_bytes));
+  reseal(bytes);
+  forest = Snapshot::restore(bytes);
+  forest.add_tree(1, 5);
+  config.max_bytes /= 2;  // now without room for what waits
+  bytes = Snapshot::of(forest);
+  std::memcpy(bytes.data() + at::kConfig + 28, &config.max_bytes, sizeof(config.max_bytes));
+  reseal(bytes);
+  CHECK_THROWS(Snapshot::restore(bytes), std::length_error);
 }
 
 void files_are_whole() {
@@ -398,9 +455,11 @@ int main() {
   a_restored_forest_is_the_same();
   every_shorter_file_is_refused();
   contradictions_are_refused();
+  children_before_their_parents_are_refused();
   lists_of_the_wrong_length_are_refused();
   headers_that_do_not_fit_are_refused();
   too_little_room_is_said();
+  a_finished_tree_stays_finished();
   room_for_what_waits_is_kept();
   files_are_whole();
   altered_bytes_do_no_harm();
