@@ -209,6 +209,8 @@ void bind_forest(py::module_& m) {
       .def("tell", &tell, "tickets"_a, "values"_a, "num_children"_a, "handles"_a,
            "What was found out about leaves; none of it where one is wrong.")
       .def("fail", &fail, "tickets"_a, "The evaluation of these failed.")
+      .def("recall", in_turn(&Forest::recall),
+           "Has all tickets that are out handed out again; how many there are.")
       .def("is_finished", in_turn(&Forest::is_finished), "tree"_a)
       .def("columns", in_turn(&Forest::columns), "tree"_a, "All nodes of a tree.")
       .def("counters", in_turn(&Forest::counters))

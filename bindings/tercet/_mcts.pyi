@@ -183,6 +183,13 @@ class Forest:
             TicketError: see `tell`; nothing is changed.
         """
 
+    def recall(self) -> int:
+        """Has all tickets that are out handed out again, with the same `attempt`; how many there are.
+
+        For after `load`, or when an evaluator died: nobody else works at them. A result that comes
+        after all counts if it comes first.
+        """
+
     def is_finished(self, tree: int) -> bool: ...
     def columns(self, tree: int) -> TreeColumns: ...
     def counters(self) -> Counters: ...

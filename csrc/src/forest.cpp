@@ -261,7 +261,6 @@ void Forest::hand_out_failed(std::size_t max_leaves, Leaves& leaves) {
     Tree& tree = trees_[tree_of(ticket)];
     const std::size_t position = static_cast<std::uint32_t>(ticket) - tree.oldest;
     tree.pending[position].state = State::kOut;
-    tree.pending[position].attempts += 1;
     hand_out(tree_of(ticket), position, leaves);
   }
 }
@@ -383,6 +382,24 @@ void Forest::tell(const Results& results) {
   torn_ = false;
 }
 
+std::size_t Forest::recall() {
+  check_whole();
+  torn_ = true;
+  std::size_t recalled = 0;
+  for (TreeId id = 0; id < trees_.size(); ++id) {
+    Tree& tree = trees_[id];
+    for (std::size_t i = 0; i < tree.pending.size(); ++i) {
+      if (tree.pending[i].state != State::kOut) continue;
+      tree.pending[i].state = State::kFailed;
+      failed_.push_back(Ticket{id} << 32 | (tree.oldest + i));
+      recalled += 1;
+    }
+  }
+  counters_.in_flight -= recalled;
+  torn_ = false;
+  return recalled;
+}
+
 void Forest::fail(std::span<const Ticket> tickets) {
   check_whole();
   claim(tickets);
@@ -394,6 +411,7 @@ void Forest::fail(std::span<const Ticket> tickets) {
     Pending& pending = tree.pending[static_cast<std::uint32_t>(ticket) - tree.oldest];
     counters_.failures += 1;
     if (pending.attempts < config_.max_attempts) {
+      pending.attempts += 1;
       pending.state = State::kFailed;
       failed_.push_back(ticket);
       continue;

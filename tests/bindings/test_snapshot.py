@@ -28,6 +28,7 @@ class Driver:
 
     def __init__(self, forest, seed):
         self.forest, self.rng, self.out = forest, random.Random(seed), []
+        self.fails = 0.2
 
     def copy(self, forest):
         other = Driver(forest, 0)
@@ -39,7 +40,7 @@ class Driver:
         leaves = self.forest.ask(self.rng.randint(0, 6))
         self.out += zip(leaves.ticket.tolist(), leaves.handle.tolist(), strict=True)
         self.rng.shuffle(self.out)
-        if self.out and self.rng.random() < 0.2:
+        if self.out and self.rng.random() < self.fails:
             self.forest.fail(np.array([self.out.pop()[0]], np.uint64))
         now = [self.out.pop() for _ in range(self.rng.randint(0, len(self.out)))]
         found = [look(handle) for _, handle in now]
@@ -78,6 +79,40 @@ def test_what_continues_equals_what_was_never_interrupted(steps):
     for name in ("simulations", "evaluations", "in_flight", "waiting", "failures", "given_up",
                  "nodes", "trees", "finished"):  # fmt: skip
         assert getattr(part.forest.counters(), name) == getattr(whole.forest.counters(), name)
+
+
+@pytest.mark.parametrize("steps", [3, 60])
+def test_tickets_that_were_out_are_recalled_after_a_restart(steps):
+    """The tree in the end is that of a search that was never stopped."""
+    whole = started(steps)
+    while not whole.out:
+        whole.step()
+    again = Forest.from_bytes(whole.forest.to_bytes())
+    out = again.counters().in_flight
+    assert out == len(whole.out) > 0
+    assert again.recall() == out
+    assert (again.counters().in_flight, again.recall()) == (0, 0)
+    restarted = Driver(again, seed=99)
+    restarted.fails = whole.fails = 0.0
+    for driver in (whole, restarted):
+        while driver.forest.counters().finished < driver.forest.counters().trees:
+            driver.step()
+    for tree in (0, 1, 3, 4, 5):
+        for name in ("parent", "visits", "total", "handle", "terminal"):
+            ours, wanted = (getattr(d.forest.columns(tree), name) for d in (restarted, whole))
+            assert ours.tolist() == wanted.tolist(), name
+
+
+def test_a_recalled_ticket_keeps_its_attempt():
+    forest = Forest(max_attempts=3)
+    forest.add_tree(7, 5)
+    assert forest.ask(1).attempt.tolist() == [1]
+    assert forest.recall() == 1
+    leaves = forest.ask(1)
+    assert (leaves.handle.tolist(), leaves.attempt.tolist()) == ([7], [1])
+    forest.fail(leaves.ticket)
+    assert forest.recall() == 0
+    assert forest.ask(1).attempt.tolist() == [2]
 
 
 def test_a_file_is_the_old_or_the_new_one(tmp_path):

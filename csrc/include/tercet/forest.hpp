@@ -129,6 +129,10 @@ class Forest {
   // failed_value.  Throws BadTicket before anything changes.
   void fail(std::span<const Ticket> tickets);
 
+  // Whoever had the tickets that are out is gone: the next calls of ask() hand them out again, with
+  // the same attempt.  Returns how many there are.
+  std::size_t recall();
+
   [[nodiscard]] bool is_finished(TreeId tree) const;
   [[nodiscard]] TreeColumns columns(TreeId tree) const;
   [[nodiscard]] Counters counters() const;
