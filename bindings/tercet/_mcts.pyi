@@ -184,7 +184,7 @@ class Forest:
         """
 
     def recall(self) -> int:
-        """Has all tickets that are out handed out again, with the same `attempt`; how many there are.
+        """Has all tickets that are out handed out again, as the same attempt; how many there are.
 
         For after `load`, or when an evaluator died: nobody else works at them. A result that comes
         after all counts if it comes first.
