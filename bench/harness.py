@@ -8,8 +8,7 @@ A bench file lists its cases and ends with
 
 A case is judged before it is timed: wrong is not fast.  One round runs the sides in turn, in an
 order of its own, so that a busy or hot machine slows all of them alike; slow sides sit out some
-rounds.  Times are medians;
-`slower` is the median of a side divided by the median of "ours".
+rounds.  Times are medians; `slower` is the median of a side divided by the median of "ours".
 """
 
 from __future__ import annotations

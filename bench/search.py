@@ -4,9 +4,9 @@
 
 Workload: k = 4 children, depth limit 12, a state is a 32-bit hash whose top 24 bits are its value;
 a simulation descends, looks at the leaf, gives it children and backs its value up (mcts and
-treequest make one node per simulation).  Looking is the
-caller's work and is not counted: the seconds are those of ask and tell, of the process, so that
-a busy machine shows less.  Best and median of the repeats; bytes are those of the nodes that exist.
+treequest make one node per simulation).  Looking is the caller's work and is not counted: the
+seconds are those of ask and tell, of the process, so that a busy machine shows less.  Best and
+median of the repeats; bytes are those of the nodes that exist.
 """
 
 import argparse
@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 from lines import RESULTS, emit_case
 from machine import environment, installed
-from search_peers import PEERS
+from search_peers import CHILDREN, DEPTH, PEERS
 
 from tercet import Forest
 
-CHILDREN, DEPTH = 4, 12
 STEP = np.arange(1, CHILDREN + 1, dtype=np.uint32) * np.uint32(0x9E3779B9)
 ORACLE = Path(__file__).parents[1] / "tests" / "bindings" / "oracle.py"
 CASES = [  # trees, simulations of each, settings

@@ -138,7 +138,7 @@ void bind_errors(py::module_& m) {
       const py::handle type(types[static_cast<int>(e.fault)]);
       const py::object error = type(e.what());
       error.attr("ticket") = e.ticket;
-      error.attr("tree") = e.ticket >> 32;
+      error.attr("tree") = tercet::tree_of(e.ticket);
       PyErr_SetObject(type.ptr(), error.ptr());
     } catch (const tercet::SnapshotError& e) {
       PyErr_SetString(snapshot_error, e.what());

@@ -57,12 +57,10 @@ void bind_tree(py::module_& m) {
           },
           "node"_a, "Parent of a node; the root is its own.")
       .def(
-          "visits",
-          [](const Tree& t) { return column<std::uint32_t>(t, &tercet::HotNode::visits); },
+          "visits", [](const Tree& t) { return column<std::uint32_t>(t, &Tree::Hot::visits); },
           "Finished backups through each node, uint32[nodes].")
       .def(
-          "total_values",
-          [](const Tree& t) { return column<double>(t, &tercet::HotNode::total_value); },
+          "total_values", [](const Tree& t) { return column<double>(t, &Tree::Hot::total_value); },
           "Sum of the values backed up through each node, float64[nodes].")
       .def("__len__", &Tree::size);
 }

@@ -27,8 +27,6 @@ std::string told(TicketFault fault) {
 // NaN is not.
 bool is_value(double value) { return std::abs(value) <= kMaxValue; }
 
-TreeId tree_of(Ticket ticket) { return static_cast<TreeId>(ticket >> 32); }
-
 // The message is made where it is needed only.
 template <typename Message>
 void require(bool holds, const Message& message) {
@@ -38,8 +36,8 @@ void require(bool holds, const Message& message) {
 }  // namespace
 
 BadTicket::BadTicket(TicketFault why, Ticket which)
-    : std::invalid_argument("Forest: ticket " + std::to_string(which & 0xffffffffu) + " of tree " +
-                            std::to_string(which >> 32) + " " + told(why)),
+    : std::invalid_argument("Forest: ticket " + std::to_string(ordinal_of(which)) + " of tree " +
+                            std::to_string(tree_of(which)) + " " + told(why)),
       fault(why),
       ticket(which) {}
 
@@ -182,12 +180,12 @@ void Forest::forget_waiting(const Pending& pending) {
   waiting_blocks_ -= !pending.handles.empty();
 }
 
-void Forest::hand_out(TreeId id, std::size_t position, Leaves& leaves) {
+void Forest::hand_out(Ticket ticket, Leaves& leaves) {
   counters_.in_flight += 1;
-  const Tree& tree = trees_[id];
-  const Pending& pending = tree.pending[position];
-  leaves.ticket.push_back(Ticket{id} << 32 | (tree.oldest + position));
-  leaves.tree.push_back(id);
+  Pending& pending = pending_of(ticket);
+  pending.state = State::kOut;
+  leaves.ticket.push_back(ticket);
+  leaves.tree.push_back(tree_of(ticket));
   const NodeIndex leaf = pending.path.back();
   leaves.node.push_back(nodes_.local(leaf));
   leaves.depth.push_back(static_cast<std::uint32_t>(pending.path.size()) - 1);
@@ -211,9 +209,9 @@ void Forest::land(const Lane& lane, Leaves& leaves) {
   } else {
     lane.node->set_pending();
     pending.attempts = 1;
-    pending.state = State::kOut;
     tree.begun += 1;
-    hand_out(lane.tree, tree.pending.size() - 1, leaves);
+    const auto newest = static_cast<std::uint32_t>(tree.pending.size() - 1);
+    hand_out(ticket_of(lane.tree, tree.oldest + newest), leaves);
   }
   advance(lane.tree);
 }
@@ -256,12 +254,8 @@ void Forest::advance(TreeId id) {
 
 void Forest::hand_out_failed(std::size_t max_leaves, Leaves& leaves) {
   while (!failed_.empty() && leaves.size() < max_leaves) {
-    const Ticket ticket = failed_.front();
+    hand_out(failed_.front(), leaves);
     failed_.pop_front();
-    Tree& tree = trees_[tree_of(ticket)];
-    const std::size_t position = static_cast<std::uint32_t>(ticket) - tree.oldest;
-    tree.pending[position].state = State::kOut;
-    hand_out(tree_of(ticket), position, leaves);
   }
 }
 
@@ -288,17 +282,22 @@ Leaves Forest::ask(std::size_t max_leaves) {
   return leaves;
 }
 
+Forest::Pending& Forest::pending_of(Ticket ticket) {
+  Tree& tree = trees_[tree_of(ticket)];
+  return tree.pending[ordinal_of(ticket) - tree.oldest];
+}
+
 Forest::Pending& Forest::find(Ticket ticket) {
   const TreeId id = tree_of(ticket);
   if (id >= trees_.size()) throw BadTicket(TicketFault::kUnknown, ticket);
   Tree& tree = trees_[id];
   if (!tree.alive) throw BadTicket(TicketFault::kLate, ticket);
-  const auto ordinal = static_cast<std::uint32_t>(ticket);
+  const std::uint32_t ordinal = ordinal_of(ticket);
   if (ordinal < tree.oldest) throw BadTicket(TicketFault::kRepeated, ticket);
   if (ordinal - tree.oldest >= tree.pending.size()) {
     throw BadTicket(TicketFault::kUnknown, ticket);
   }
-  Pending& pending = tree.pending[ordinal - tree.oldest];
+  Pending& pending = pending_of(ticket);
   if (pending.state != State::kOut) throw BadTicket(TicketFault::kRepeated, ticket);
   return pending;
 }
@@ -309,11 +308,7 @@ void Forest::claim(std::span<const Ticket> tickets) {
   try {
     for (; claimed < tickets.size(); ++claimed) find(tickets[claimed]).state = State::kClaimed;
   } catch (...) {
-    while (claimed > 0) {
-      const Ticket ticket = tickets[--claimed];
-      Tree& tree = trees_[tree_of(ticket)];
-      tree.pending[static_cast<std::uint32_t>(ticket) - tree.oldest].state = State::kOut;
-    }
+    while (claimed > 0) pending_of(tickets[--claimed]).state = State::kOut;
     throw;
   }
 }
@@ -346,11 +341,9 @@ void Forest::check(const Results& results) {
   nodes_.reserve(waiting_blocks_ + blocks);
 }
 
-void Forest::prefetch(Ticket ticket) const {
-  const Tree& tree = trees_[tree_of(ticket)];
-  const std::size_t position = static_cast<std::uint32_t>(ticket) - tree.oldest;
-  for (const NodeIndex node : tree.pending[position].path) nodes_.prefetch(node);
-  nodes_.prefetch_next(tree.slabs);
+void Forest::prefetch(Ticket ticket) {
+  for (const NodeIndex node : pending_of(ticket).path) nodes_.prefetch(node);
+  nodes_.prefetch_next(trees_[tree_of(ticket)].slabs);
 }
 
 void Forest::tell(const Results& results) {
@@ -364,22 +357,26 @@ void Forest::tell(const Results& results) {
     if (i + kAhead < results.tickets.size()) prefetch(results.tickets[i + kAhead]);
     const auto handles = results.handles.subspan(next, results.num_children[i]);
     next += handles.size();
-    const TreeId id = tree_of(results.tickets[i]);
-    Tree& tree = trees_[id];
-    const std::size_t position = static_cast<std::uint32_t>(results.tickets[i]) - tree.oldest;
-    if (position == 0 && !may_issue(tree)) {
+    const Ticket ticket = results.tickets[i];
+    Tree& tree = trees_[tree_of(ticket)];
+    if (ordinal_of(ticket) == tree.oldest && !may_issue(tree)) {
       commit(tree, results.values[i], handles);
     } else {
-      Pending& pending = tree.pending[position];
+      Pending& pending = pending_of(ticket);
       pending.state = State::kTold;
       pending.value = results.values[i];
       pending.handles.assign(handles.begin(), handles.end());
       counters_.waiting += 1;
       waiting_blocks_ += !handles.empty();
     }
-    advance(id);
+    advance(tree_of(ticket));
   }
   torn_ = false;
+}
+
+void Forest::queue_again(Ticket ticket) {
+  pending_of(ticket).state = State::kFailed;
+  failed_.push_back(ticket);
 }
 
 std::size_t Forest::recall() {
@@ -387,11 +384,10 @@ std::size_t Forest::recall() {
   torn_ = true;
   std::size_t recalled = 0;
   for (TreeId id = 0; id < trees_.size(); ++id) {
-    Tree& tree = trees_[id];
-    for (std::size_t i = 0; i < tree.pending.size(); ++i) {
+    const Tree& tree = trees_[id];
+    for (std::uint32_t i = 0; i < tree.pending.size(); ++i) {
       if (tree.pending[i].state != State::kOut) continue;
-      tree.pending[i].state = State::kFailed;
-      failed_.push_back(Ticket{id} << 32 | (tree.oldest + i));
+      queue_again(ticket_of(id, tree.oldest + i));
       recalled += 1;
     }
   }
@@ -406,14 +402,11 @@ void Forest::fail(std::span<const Ticket> tickets) {
   torn_ = true;
   counters_.in_flight -= tickets.size();
   for (const Ticket ticket : tickets) {
-    const TreeId id = tree_of(ticket);
-    Tree& tree = trees_[id];
-    Pending& pending = tree.pending[static_cast<std::uint32_t>(ticket) - tree.oldest];
+    Pending& pending = pending_of(ticket);
     counters_.failures += 1;
     if (pending.attempts < config_.max_attempts) {
       pending.attempts += 1;
-      pending.state = State::kFailed;
-      failed_.push_back(ticket);
+      queue_again(ticket);
       continue;
     }
     counters_.given_up += 1;
@@ -421,7 +414,7 @@ void Forest::fail(std::span<const Ticket> tickets) {
     pending.handles.clear();
     pending.state = State::kTold;
     counters_.waiting += 1;
-    advance(id);
+    advance(tree_of(ticket));
   }
   torn_ = false;
 }

@@ -390,11 +390,11 @@ struct Snapshot::Access {
     }
     std::set<Ticket> failed;
     for (const Ticket ticket : in.get_list<Ticket>()) {
-      const std::uint64_t id = ticket >> 32;
+      const TreeId id = tree_of(ticket);
       require(id < trees && forest.trees_[id].alive && failed.insert(ticket).second,
               "a queue names no tree, or a ticket twice");
       Tree& tree = forest.trees_[id];
-      const std::uint64_t position = (ticket & 0xffffffffu) - tree.oldest;
+      const std::uint32_t position = ordinal_of(ticket) - tree.oldest;
       require(position < tree.pending.size() && tree.pending[position].state == State::kFailed,
               "a queue names no ticket");
       forest.failed_.push_back(ticket);

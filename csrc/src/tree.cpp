@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "tercet/select.hpp"
+
 namespace tercet {
 
 Tree::Tree(double c_uct) : hot_(1), cold_(1), c_uct_(c_uct) {
@@ -23,9 +25,9 @@ std::size_t Tree::checked(NodeId id) const {
   return index;
 }
 
-const HotNode& Tree::hot(NodeId id) const { return hot_[checked(id)]; }
+const Tree::Hot& Tree::hot(NodeId id) const { return hot_[checked(id)]; }
 
-const ColdNode& Tree::cold(NodeId id) const { return cold_[checked(id)]; }
+const Tree::Cold& Tree::cold(NodeId id) const { return cold_[checked(id)]; }
 
 NodeId Tree::expand(NodeId id, std::uint32_t num_children) {
   const std::size_t node = checked(id);
@@ -40,7 +42,7 @@ NodeId Tree::expand(NodeId id, std::uint32_t num_children) {
     throw std::length_error("Tree::expand: a tree holds at most 2^32 - 1 nodes");
   }
   hot_.resize(first + num_children);
-  cold_.resize(first + num_children, ColdNode{id, 0});
+  cold_.resize(first + num_children, Cold{id, 0});
   hot_[node].first_child = static_cast<std::uint32_t>(first);
   cold_[node].num_children = num_children;
   return NodeId{static_cast<std::uint32_t>(first)};
@@ -53,10 +55,9 @@ std::size_t Tree::best_child(std::size_t node) const {
   std::size_t best = first;
   double best_score = -std::numeric_limits<double>::infinity();
   for (std::size_t child = first; child < end; ++child) {
-    const HotNode& c = hot_[child];
+    const Hot& c = hot_[child];
     if (c.visits == 0) return child;
-    const double n = c.visits;
-    const double score = c.total_value / n + c_uct_ * std::sqrt(log_parent / n);
+    const double score = uct_score(c.total_value, c.visits, c.visits, log_parent, c_uct_);
     if (score > best_score) {
       best = child;
       best_score = score;

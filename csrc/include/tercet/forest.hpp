@@ -30,6 +30,12 @@ namespace tercet {
 using TreeId = std::uint32_t;
 using Ticket = std::uint64_t;  // tree << 32 | how many the tree issued before
 
+constexpr Ticket ticket_of(TreeId tree, std::uint32_t ordinal) {
+  return Ticket{tree} << 32 | ordinal;
+}
+constexpr TreeId tree_of(Ticket ticket) { return static_cast<TreeId>(ticket >> 32); }
+constexpr std::uint32_t ordinal_of(Ticket ticket) { return static_cast<std::uint32_t>(ticket); }
+
 inline constexpr double kMaxValue = 1e300;  // of size: kMaxVisits of them have a finite sum
 
 struct ForestConfig {
@@ -193,15 +199,17 @@ class Forest {
   [[nodiscard]] Tree& checked(TreeId tree);
   [[nodiscard]] const Tree& checked(TreeId tree) const;
   [[nodiscard]] bool may_issue(const Tree& tree) const;
-  [[nodiscard]] Pending& find(Ticket ticket);  // of those out
+  [[nodiscard]] Pending& pending_of(Ticket ticket);  // of those not committed
+  [[nodiscard]] Pending& find(Ticket ticket);        // of those out
   void check(const Results& results);
   void claim(std::span<const Ticket> tickets);
-  void prefetch(Ticket ticket) const;
+  void prefetch(Ticket ticket);
 
   void set_out(TreeId id);
   void descend();
   void land(const Lane& lane, Leaves& leaves);
-  void hand_out(TreeId tree, std::size_t position, Leaves& leaves);
+  void hand_out(Ticket ticket, Leaves& leaves);
+  void queue_again(Ticket ticket);
   void forget_waiting(const Pending& pending);
   void count_simulation(Tree& tree);
   void commit(Tree& tree, double value, std::span<const std::int64_t> handles);

@@ -30,6 +30,13 @@ class Logarithms {
   const double* table_;
 };
 
+// Of a child with `visits` finished visits, and `expected` with those on their way (at least one).
+inline double uct_score(double total, std::uint32_t visits, std::uint32_t expected,
+                        double log_parent, double c_uct) {
+  const double mean = visits == 0 ? 0.0 : total / visits;
+  return mean + c_uct * std::sqrt(log_parent / expected);
+}
+
 // Position of the chosen child in a block, given log(N + O) of its parent.
 inline std::uint32_t best_child(const HotNode* block, double log_parent, double c_uct) {
   std::uint32_t best = 0;
@@ -38,9 +45,7 @@ inline std::uint32_t best_child(const HotNode* block, double log_parent, double 
     const HotNode& child = block[i];
     const std::uint32_t expected = child.expected_visits();
     if (expected == 0) return i;
-    const std::uint32_t visits = child.visits();
-    const double mean = visits == 0 ? 0.0 : child.total / visits;
-    const double score = mean + c_uct * std::sqrt(log_parent / expected);
+    const double score = uct_score(child.total, child.visits(), expected, log_parent, c_uct);
     if (score > best_score) {
       best = i;
       best_score = score;

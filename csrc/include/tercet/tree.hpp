@@ -21,20 +21,20 @@ namespace tercet {
 enum class NodeId : std::uint32_t {};  // index into the arena; never reused
 inline constexpr NodeId kRoot{0};
 
-struct HotNode {
-  double total_value{0.0};       // sum of the values backed up, root player's view
-  std::uint32_t visits{0};       // finished backups through this node
-  std::uint32_t first_child{0};  // 0: not expanded (the root is nobody's child)
-};
-static_assert(sizeof(HotNode) == 16);
-
-struct ColdNode {
-  NodeId parent{kRoot};  // the root is its own parent
-  std::uint32_t num_children{0};
-};
-
 class Tree {
  public:
+  struct Hot {
+    double total_value{0.0};       // sum of the values backed up, root player's view
+    std::uint32_t visits{0};       // finished backups through this node
+    std::uint32_t first_child{0};  // 0: not expanded (the root is nobody's child)
+  };
+  static_assert(sizeof(Hot) == 16);
+
+  struct Cold {
+    NodeId parent{kRoot};  // the root is its own parent
+    std::uint32_t num_children{0};
+  };
+
   explicit Tree(double c_uct);  // throws std::invalid_argument unless c_uct is finite and >= 0
 
   // Adds num_children children and returns the first; the others follow it.
@@ -52,8 +52,8 @@ class Tree {
   void backup(NodeId leaf, double value);
 
   // All three throw std::out_of_range for an unknown node.
-  [[nodiscard]] const HotNode& hot(NodeId id) const;
-  [[nodiscard]] const ColdNode& cold(NodeId id) const;
+  [[nodiscard]] const Hot& hot(NodeId id) const;
+  [[nodiscard]] const Cold& cold(NodeId id) const;
   [[nodiscard]] bool is_leaf(NodeId id) const { return hot(id).first_child == 0; }
 
   [[nodiscard]] std::size_t size() const noexcept { return hot_.size(); }
@@ -62,8 +62,8 @@ class Tree {
   [[nodiscard]] std::size_t checked(NodeId id) const;
   [[nodiscard]] std::size_t best_child(std::size_t node) const;
 
-  std::vector<HotNode> hot_;
-  std::vector<ColdNode> cold_;
+  std::vector<Hot> hot_;
+  std::vector<Cold> cold_;
   double c_uct_;
 };
 
