@@ -143,9 +143,16 @@ void trees_of_many_slabs_share_two_chunks() {
   }
 }
 
+void a_reservation_may_need_several_chunks() {
+  Nodes nodes(2 * kChunkBytes);
+  nodes.reserve(Nodes::kChunk / Nodes::kSlab + 1);
+  CHECK(nodes.bytes() == 2 * kChunkBytes);
+}
+
 }  // namespace
 
 int main() {
+  a_reservation_may_need_several_chunks();
   memory_that_was_used_looks_like_new();
   trees_of_many_slabs_share_two_chunks();
   counts_and_links_share_eight_bytes();
