@@ -6,7 +6,8 @@ import html
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from tercet.engine.report_runs import (
     LARGEST,
     ResultTable,
     Run,
-    drawable,
     is_number,
     load_run,
     load_tables,
@@ -209,15 +209,33 @@ def _runs_in(folder: Path) -> list[tuple[Path, Run]]:
     return sorted(found, key=lambda each: str(each[1].env.get("started", "")))
 
 
-def _labels(tables: Sequence[ResultTable]) -> dict[str, str]:
-    """Name of a run -> what the first column of a table calls it, where a column "run" says so."""
+def _names(paths: Iterable[Path]) -> dict[Path, str]:
+    """Each path's shortest end that no other path has; half characters in it are escaped."""
+    ends = {
+        path: [str(Path(*path.parts[-n:])) for n in range(1, len(path.parts) + 1)] for path in paths
+    }
+    count = Counter(end for each in ends.values() for end in each)
+    shortest = {path: next(e for e in each if count[e] == 1) for path, each in ends.items()}
+    return {
+        path: end.encode("utf-8", "backslashreplace").decode() for path, end in shortest.items()
+    }
+
+
+def _labels(folder: Path, tables: Iterable[ResultTable], paths: Iterable[Path]) -> dict[Path, str]:
+    """What the first column of a folder's tables calls its runs, where a column "run" names them.
+
+    It names a run by its place in the folder, or else all runs of one name there.
+    """
     rows = [row for found in tables for row in found.rows if row.get("run")]
-    return {str(row["run"]): drawable(str(next(iter(row.values())))) for row in rows}
-
-
-def _called(run: Run, labels: Mapping[str, str]) -> Run:
-    label = labels.get(run.name, run.name)
-    return run if label == run.name else replace(run, name=f"{label} ({run.name})")
+    named = {str(row["run"]): str(next(iter(row.values()))) for row in rows}
+    labels = {}
+    for path in paths:
+        if path.is_relative_to(folder):
+            place = path.relative_to(folder).as_posix()
+            label = named.get(place, named.get(path.name, path.name))
+            if label not in (place, path.name):
+                labels[path] = label
+    return labels
 
 
 def _run_folders(folder: Path) -> list[Path]:
@@ -234,8 +252,9 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
 
     Runs are looked for up to DEPTH folders deep, those inside a run excepted; those of one folder
     stand in the order in which they were started.  A folder's tables.json, if there is one, stands
-    at the page's top (see `load_tables`), and a run that its column "run" names is called what the
-    table's first column calls it.
+    at the page's top (see `load_tables`), and a run that its column "run" names, by place or by
+    name, is called what the table's first column calls it.  Runs of one name are told apart by the
+    folders they lie in.
 
     Args:
         folders: at least one.
@@ -247,18 +266,18 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
     """
     if output:
         _check_output(Path(output))
-    found = [Path(folder).resolve() for folder in folders]
+    found = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     by_path = dict(each for folder in found for each in _runs_in(folder))
-    common = Path(os.path.commonpath(found))
-    runs = list(by_path.values())
-    if len({run.name for run in runs}) < len(runs):  # told apart by their place
-        runs = [
-            replace(run, name=drawable(path.relative_to(common).as_posix()))
-            for path, run in by_path.items()
-        ]
-    target = Path(output) if output else Path(os.path.relpath(common)) / "report.html"
-    tables = [table for folder in dict.fromkeys(found) for table in load_tables(folder)]
-    runs = [_called(run, _labels(tables)) for run in runs]
+    target = (
+        Path(output) if output else Path(os.path.relpath(os.path.commonpath(found))) / "report.html"
+    )
+    tables, labels = [], {}
+    for folder in found:
+        tables += (own := load_tables(folder))
+        labels |= _labels(folder, own, by_path)
+    names = _names(by_path)
+    names |= {path: f"{label} ({names[path]})" for path, label in labels.items()}
+    runs = [replace(run, name=names[path]) for path, run in by_path.items()]
     replace_text(target, render(", ".join(folder.name for folder in found), runs, tables))
     return target
 

@@ -66,7 +66,7 @@ def load_run(folder: Path) -> Run:
                 metrics.setdefault(drawable(key), {})[step_of(record, folder)] = float(value)
     env = _json(folder / "env.json", dict)
     return Run(
-        name=drawable(folder.name),
+        name=folder.name,
         metrics=metrics,
         samples=read_jsonl(folder / "samples.jsonl"),
         events=read_jsonl(folder / "events.jsonl"),

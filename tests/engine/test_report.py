@@ -128,6 +128,47 @@ def test_a_run_is_called_as_the_table_calls_it(tmp_path):
     assert re.findall("<h2>(.*?)</h2>", page)[-2:] == named
 
 
+def named(page):
+    """What the legend calls the runs, in its order."""
+    return re.findall(r"</i>(.*?)</span>", page.partition('class="legend">')[2].split("</p>")[0])
+
+
+def test_runs_of_one_name_are_called_as_their_own_tables_call_them(tmp_path):
+    for seed, label in (("s0", "first"), ("s1", "second")):
+        for run in ("document", f"kept-{seed}"):
+            make_run(tmp_path / seed / run)
+        rows = [{"": label, "run": "document"}]
+        table = json.dumps([{"title": "t", "rows": rows, "notes": []}])
+        (tmp_path / seed / "tables.json").write_text(table)
+    page = write_report(tmp_path / "s1", tmp_path / "s0").read_text()
+    labels = ["second (s1/document)", "kept-s1", "first (s0/document)", "kept-s0"]
+    assert named(page) == labels
+    assert re.findall("<h2>(.*?)</h2>", page)[-4:] == labels
+    rows = [{"": "one", "run": "s0/document"}, {"": "any", "run": "document"}]
+    table = [{"title": "t", "rows": [*rows, {"": "s1/kept-s1", "run": "s1/kept-s1"}], "notes": []}]
+    (tmp_path / "tables.json").write_text(json.dumps(table))
+    page = write_report(tmp_path).read_text()
+    assert named(page) == ["one (s0/document)", "kept-s0", "any (s1/document)", "kept-s1"]
+
+
+def test_runs_of_one_name_are_told_apart_and_keep_their_order(tmp_path):
+    places = ("deep/z/run", "x/run", "run", "deep/y/run")
+    for day, place in enumerate(places):
+        started = {"started": f"2026-01-0{day + 1}T00:00:00+00:00"}
+        (make_run(tmp_path / place) / "env.json").write_text(json.dumps(started))
+    assert named(write_report(tmp_path).read_text()) == [
+        "z/run", "x/run", f"{tmp_path.name}/run", "y/run",
+    ]  # fmt: skip
+    given = [tmp_path / place for place in (places[3], places[0])]
+    assert named(write_report(*given).read_text()) == ["y/run", "z/run"]
+
+
+def test_names_that_are_no_text_are_told_apart(tmp_path):
+    for name in (b"\xfe", b"\xff"):
+        make_run(tmp_path / os.fsdecode(name))
+    assert named(write_report(tmp_path).read_text()) == [r"\udcfe", r"\udcff"]
+
+
 def test_a_page_behind_a_link_is_written_there(tmp_path):
     run = make_run(tmp_path / "run")
     page, link = tmp_path / "page.html", tmp_path / "link.html"
