@@ -3,8 +3,9 @@
 checkpoint-N/ holds the model and tokenizer as `save_pretrained` writes them, tercet.json with the
 settings of the run, optimizer.pt, rng.pt, trainer_state.json, and manifest.json with the size and
 SHA-256 of every other file.  It is written
-as checkpoint-N.tercet.tmp, flushed to the disk, then renamed; only then does `latest` name it.  So
-a kill or a full disk at any moment leaves the checkpoint before it as it was.
+as checkpoint-N.tercet.tmp, flushed to the disk, then renamed; only then does `latest` name it, and
+an old one is renamed before it is removed.  So a kill or a full disk at any moment leaves the
+checkpoint before it as it was, and no checkpoint that lacks files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,8 +92,7 @@ def save_checkpoint(
     found = checkpoints(folder)
     here = found.index(final)
     kept = None if save_total_limit is None else here + save_total_limit
-    for path in [*found[:here], *([] if kept is None else found[kept:])]:
-        shutil.rmtree(path)
+    _remove([*found[:here], *([] if kept is None else found[kept:])])
     return final
 
 
@@ -102,8 +102,9 @@ def load_latest(
     """Restores weights, optimiser and random state from the checkpoint that `latest` names.
 
     A checkpoint that does not match its manifest (cut in half, edited) is passed over for the one
-    before it, and `warn` is told, as it is of later checkpoints, which the next save removes.  The
-    optimiser keeps its present settings (rate, decay).
+    before it, and `warn` is told, as it is of later checkpoints, which the next save removes.  What
+    a kill left half-written or half-removed is removed.  The optimiser keeps its present settings
+    (rate, decay).
 
     Returns:
         What was restored; None when the folder has no checkpoint.
@@ -112,6 +113,7 @@ def load_latest(
         RuntimeError: there are checkpoints, and none of them is whole.
         ValueError: optimizer.pt or rng.pt is not what it should be, though as the manifest says.
     """
+    _sweep(folder)
     candidates = _candidates(folder, warn)
     if later := [path.name for path in checkpoints(folder) if path not in candidates]:
         warn(
@@ -146,15 +148,18 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     return read_object(path, "read_run", "copy the checkpoint again")
 
 
-def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest and records; None when it is whole."""
+def find_fault(checkpoint: Path, *, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint, by its manifest and records; None when it is whole.
+
+    Without checksums, which read every byte, what has the right size passes.
+    """
     try:
         files = _manifest(checkpoint)
         for name, expected in files.items():
             size = (checkpoint / name).stat().st_size
             if size != expected["size"]:
                 return f"{name} has {size} bytes instead of {expected['size']}"
-        for name, expected in files.items():
+        for name, expected in files.items() if checksums else ():
             if _fingerprint(checkpoint / name) != expected:
                 return f"{name} has another checksum than when it was written"
         _read_state(checkpoint)
@@ -166,10 +171,15 @@ def find_fault(checkpoint: Path) -> str | None:
     return None
 
 
-def resumable(folder: Path) -> Path | None:
-    """The checkpoint that `load_latest` would go on from; None when there is no whole one."""
+def resumable(folder: Path, *, checksums: bool = True) -> Path | None:
+    """The checkpoint that `load_latest` would go on from; None when there is no whole one.
+
+    Args:
+        folder: of the run.
+        checksums: as `find_fault`.
+    """
     for path in _candidates(folder, lambda _: None):
-        if find_fault(path) is None:
+        if find_fault(path, checksums=checksums) is None:
             return path
     return None
 
@@ -259,7 +269,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what a kill left half-written: our own folder and the one Policy.save works in."""
+    """Removes what a kill left half-written, by us or by Policy.save, or half-removed."""
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
         if OURS.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path)
@@ -292,9 +302,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(found: Sequence[Path]) -> None:
+    """Removes checkpoints under other names, so that none is ever seen with files missing."""
+    for path in [path.rename(_aside(path)) for path in found]:
+        shutil.rmtree(path)
+
+
+def _aside(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + ".tercet.old")
+
+
 def _move(source: Path, target: Path) -> None:
     """Renames a folder over another one of its name (left of a resume)."""
-    aside = target.with_name(target.name + ".tercet.old")
+    aside = _aside(target)
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         target.rename(aside)

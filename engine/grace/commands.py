@@ -60,8 +60,15 @@ def train(argv: Sequence[str], prog: str) -> int:
 
 
 def _what_is_saved(folder: Path) -> str:
-    for checkpoint in checkpoints(folder):
-        return f"{checkpoint} is the last that was saved; the same command goes on from it"
+    from tercet.engine.checkpoint import resumable
+
+    if found := resumable(folder, checksums=False):
+        return f"{found} is the last that was saved whole; the same command goes on from it"
+    if checkpoints(folder):
+        return (
+            f"the checkpoints in {folder} are damaged; restore one from a copy, or start again in "
+            "another folder"
+        )
     return "nothing was saved (there is no checkpoint yet); the same command starts over"
 
 

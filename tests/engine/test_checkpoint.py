@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -279,7 +280,28 @@ def test_the_oldest_leave(tmp_path, trained):
     ]
 
 
-def test_leftovers_of_a_kill_are_ignored_and_then_swept(tmp_path, trained):
+def test_a_stop_while_old_ones_are_removed_leaves_no_damaged_one(tmp_path, trained, monkeypatch):
+    two_checkpoints(tmp_path, trained)
+    save(tmp_path, 8, trained, {})
+    remove = os.unlink
+
+    def stop(*args, **kwargs):
+        remove(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 4, trained, {}, save_total_limit=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-?")] == ["checkpoint-4"]
+    found, said = restore(tmp_path, trained)
+    assert found is not None
+    assert (found.step, said) == (4, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "latest"]
+
+
+@pytest.mark.parametrize("by", ["load", "save"])
+def test_leftovers_of_a_kill_are_swept(tmp_path, trained, by):
     save(tmp_path, 1, trained, {})
     own = ("checkpoint-2.tercet.tmp", ".checkpoint-2.tercet.tmp-x1", "checkpoint-1.tercet.old")
     mine = ("checkpoint-5.old", "checkpoint-2.tmp", "checkpoint-best.tercet.tmp")
@@ -288,12 +310,14 @@ def test_leftovers_of_a_kill_are_ignored_and_then_swept(tmp_path, trained):
         shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
     for name in files:
         (tmp_path / name).write_text("mine")
-    found, said = restore(tmp_path, trained)
-    assert found is not None
-    assert (found.step, said) == (1, [])
-    save(tmp_path, 2, trained, {})
+    if by == "load":
+        found, said = restore(tmp_path, trained)
+        assert found is not None
+        assert (found.step, said) == (1, [])
+    else:
+        save(tmp_path, 1, trained, {})
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == sorted(["checkpoint-1", "checkpoint-2", "latest", *mine, *files])
+    assert names == sorted(["checkpoint-1", "latest", *mine, *files])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tercet.engine.checkpoint import read_run
 from tercet.engine.config import read_yaml, to_plain, to_yaml
 from tercet.engine.files import read_jsonl
 from tercet.engine.grace import GraceConfig, GraceEncoder, train
+from tercet.engine.grace.commands import _what_is_saved
 from tercet.engine.grace.commands import train as main
 from tercet.engine.grace.config import GraceData, GraceEval
 from tercet.engine.metrics import hold_folder
@@ -384,7 +385,7 @@ def test_the_command_line(make_config, tmp_path, capsys):
     ("save_steps", "said"),
     [
         (0, r"nothing was saved \(there is no checkpoint yet\); the same command starts over"),
-        (1, r"{}/run/checkpoint-\d+ is the last that was saved; the same command goes on from it"),
+        (1, r"{}/run/checkpoint-\d+ is the last that was saved whole; the same .* goes on from it"),
     ],
 )
 def test_ctrl_c_says_what_was_saved(make_config, tmp_path, save_steps, said):
@@ -401,6 +402,18 @@ def test_ctrl_c_says_what_was_saved(make_config, tmp_path, save_steps, said):
     assert run.returncode == 130, err
     assert re.search(rf"\ntercet grace train: stopped; {said.format(tmp_path)}\n", err)
     assert "Traceback" not in err
+
+
+def test_what_was_saved_is_what_a_resume_goes_on_from(make_config, tmp_path):
+    config = make_config(train={"max_steps": 2, "save_steps": 1})
+    folder = train(config).folder
+    first, second = folder / "checkpoint-1", folder / "checkpoint-2"
+    assert f"{second} is the last that was saved whole" in _what_is_saved(folder)
+    (second / "config.json").unlink()
+    assert f"{first} is the last that was saved whole" in _what_is_saved(folder)
+    (first / "optimizer.pt").write_bytes(b"")
+    said = _what_is_saved(folder)
+    assert f"the checkpoints in {folder} are damaged; restore one from a copy" in said
 
 
 @pytest.mark.parametrize("name", ["tiny", "paper"])
