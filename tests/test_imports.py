@@ -137,5 +137,13 @@ def test_type_checkers_see_an_editable_install():
     typing = ROOT / "build" / "typing" / "tercet"
     if not typing.exists():
         pytest.fail("build/typing is missing; install with `pip install --no-build-isolation -e .`")
-    for name in ("kernels", "engine", "_mcts.pyi", "_rows.pyi", "__init__.py", "py.typed"):
+    for name in (
+        "kernels",
+        "engine",
+        "_mcts.pyi",
+        "_rows.pyi",
+        "_search.py",
+        "__init__.py",
+        "py.typed",
+    ):
         assert (typing / name).exists(), f"{name} is not linked into build/typing"

@@ -18,6 +18,7 @@ from tercet._mcts import (
     rollout_reward,
     rollout_rewards,
 )
+from tercet._search import SearchResult, search, search_many
 
 __version__ = version("tercet")
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RepeatedTicketError",
     "RewardConfig",
     "RewardForm",
+    "SearchResult",
     "SnapshotError",
     "TicketError",
     "Tree",
@@ -33,4 +35,6 @@ __all__ = [
     "__version__",
     "rollout_reward",
     "rollout_rewards",
+    "search",
+    "search_many",
 ]

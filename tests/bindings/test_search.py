@@ -1,0 +1,146 @@
+"""Plain searches over Python states, against the oracle's tree."""
+
+import math
+import random
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tercet import Forest, search, search_many
+
+PlainSearch = runpy.run_path(str(Path(__file__).with_name("oracle.py")))["PlainSearch"]
+
+
+def queens(placed: tuple[int, ...], size: int = 6):
+    """A board with one queen in each of the first rows: its value, and those with one more."""
+    row = len(placed)
+    safe = [
+        column
+        for column in range(size)
+        if all(column not in (q, q + row - r, q - row + r) for r, q in enumerate(placed))
+    ]
+    return row / size, [(*placed, column) for column in safe if row < size]
+
+
+def oracle(root, simulations, look=queens, **settings):
+    """Visits and totals of the oracle's tree, in the order in which nodes were made."""
+    nodes = PlainSearch(look, simulations, **settings).run(root)
+    return [(node.handle, node.visits, node.total) for node in nodes]
+
+
+def rows(result):
+    totals = result.columns.total.tolist()
+    return list(zip(result.states, result.visits.tolist(), totals, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"c_uct": 0.3}, {"max_in_flight": 8, "visits_per_flight": 2}],
+    ids=str,
+)
+def test_grows_the_tree_of_the_oracle_with_states_for_handles(settings):
+    result = search((), queens, simulations=120, **settings)
+    assert rows(result) == oracle((), 120, **settings)
+    assert result.forest.columns(result.tree).visits.tolist() == result.visits.tolist()
+
+
+def test_many_roots_are_searched_as_each_would_be_alone_in_full_batches():
+    roots = [(), (1,), (0, 2), (0, 1, 2, 3, 4, 5)]
+    sizes = []
+
+    def look(states):
+        sizes.append(len(states))
+        return [queens(state) for state in states]
+
+    results = search_many(roots, look, simulations=40, max_leaves=3)
+    assert sizes[0] == 3
+    assert max(sizes) == 3
+    for root, result in zip(roots, results, strict=True):
+        assert rows(result) == oracle(root, 40)
+        assert result.states[0] == root
+    assert search_many([], look, simulations=1) == []
+
+
+def test_the_best_path_solves_the_queens():
+    found = search((), queens, simulations=400, c_uct=0.3)
+    board = found.best_path[-1]
+    assert len(board) == len(set(board)) == 6
+    assert (
+        len({c - r for r, c in enumerate(board)} | {10 + c + r for r, c in enumerate(board)}) == 12
+    )
+    assert [len(state) for state in found.best_path] == list(range(7))
+
+
+def test_the_best_path_takes_most_visits_then_the_highest_value_then_the_first():
+    worth = {"": 0.0, "a": 0.4, "b": 0.6, "c": 0.6}
+    found = search("", lambda s: (worth[s], [] if s else ["a", "b", "c"]), simulations=4)
+    assert found.visits.tolist() == [4, 1, 1, 1]
+    assert (found.best_nodes, found.best_path) == ([0, 2], ["", "b"])
+    found = search("", lambda s: (worth[s], [] if s else ["a", "b", "c"]), simulations=3)
+    assert found.visits.tolist() == [3, 1, 1, 0]
+    assert found.values[:3].tolist() == pytest.approx([1.0 / 3, 0.4, 0.6])
+    assert math.isnan(found.values[3])
+    assert search("", lambda _: (1.0, ["a"]), simulations=1).best_path == [""]
+    more = search("", lambda s: (-worth[s], [] if s else ["a", "b"]), simulations=20, c_uct=0.1)
+    assert more.visits[1] > more.visits[2]
+    assert more.best_path == ["", "a"]
+
+
+def test_what_failed_is_asked_again_and_counted():
+    rng, asked = random.Random(3), []
+
+    def look(state):
+        asked.append(state)
+        return None if rng.random() < 0.3 else queens(state)
+
+    result = search((), look, simulations=60, max_attempts=9)
+    assert rows(result) == oracle((), 60)
+    counted = result.forest.counters()
+    assert (counted.failures, counted.given_up) == (len(asked) - counted.evaluations, 0)
+    assert counted.failures > 5
+
+    def only_the_root(state: tuple[int, ...]):
+        return None if state else queens(state)
+
+    given_up = search((), only_the_root, simulations=9, failed_value=-1.0)
+    assert given_up.forest.counters().given_up == 6
+    assert np.nanmin(given_up.values) == -1
+
+
+def test_a_search_is_saved_with_its_forest(tmp_path):
+    result = search((), queens, simulations=30)
+    result.forest.save(tmp_path / "search.forest")
+    again = Forest.load(tmp_path / "search.forest").columns(result.tree)
+    assert again.visits.tolist() == result.visits.tolist()
+    assert again.handle.tolist() == list(range(len(result.states)))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "message"),
+    [
+        ((0.5, "next"), TypeError, r"list of children.*got \(0.5, 'next'\)"),
+        ((["a"], 0.5), TypeError, "list of children"),
+        (0.5, TypeError, "list of children"),
+        ((0.5, iter(["a"])), TypeError, "list of children"),
+        ((math.nan, ["a"]), ValueError, "nan"),
+        ((0.5, ["a"] * 65), ValueError, "64"),
+    ],
+)
+def test_an_answer_of_another_form_is_refused(outcome, error, message):
+    with pytest.raises(error, match=message):
+        search("", lambda _: outcome, simulations=3)
+
+
+def test_a_batch_must_be_answered_in_full_and_settings_are_the_forest_s():
+    with pytest.raises(ValueError, match="batch of 2 states must have as many results, got 1"):
+        search_many(["a", "b"], lambda _: [(0.0, [])], simulations=1)
+    with pytest.raises(ValueError, match="max_leaves must be >= 1, got 0"):
+        search_many(["a"], lambda _: [], simulations=1, max_leaves=0)
+    with pytest.raises(ValueError, match="c_uct"):
+        search("", lambda _: (0.0, []), simulations=1, c_uct=-1.0)
+    with pytest.raises(ValueError, match="simulations"):
+        search("", lambda _: (0.0, []), simulations=0)
+    with pytest.raises(ZeroDivisionError):
+        search("", lambda _: (1 / 0, []), simulations=1)
