@@ -32,6 +32,7 @@ from rich.text import Text
 from tercet.engine.config import changes, to_plain, to_yaml
 from tercet.engine.environment import environment
 from tercet.engine.files import (
+    LOCK,
     append_jsonl,
     lock,
     read_jsonl,
@@ -40,7 +41,7 @@ from tercet.engine.files import (
     rewind_jsonl,
 )
 
-EVENTS, LOCK = "events.jsonl", "run.lock"
+EVENTS = "events.jsonl"
 ROW_FILES = ("metrics.jsonl", "samples.jsonl", EVENTS)
 # what the screen shows of an evaluation; of one without these, its first measures
 HEADLINES = ("eval/recall@1", "eval/distinct_share", "eval/anisotropy", "eval/held_out_loss")

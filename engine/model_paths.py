@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tercet.engine.files import checkpoints
+from tercet.engine.files import LOCK, checkpoints
 
 
 def find_model(path: str | Path) -> str:
@@ -10,7 +10,7 @@ def find_model(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: neither; names the newest checkpoint where `path` is its run's folder, or
-            those of its runs.
+            those of its runs, and a run that has none yet.
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
@@ -20,6 +20,12 @@ def find_model(path: str | Path) -> str:
     near = (checkpoints(folder) or checkpoints(folder.parent))[:1]
     if not near and folder.is_dir():  # a folder of runs: the newest of each
         near = [path for run in sorted(folder.iterdir()) for path in checkpoints(run)[:1]]
+    run = next((place for place in (folder, folder.parent) if (place / LOCK).is_file()), None)
+    if run is not None and not near:
+        raise FileNotFoundError(
+            f"find_model: path must be a folder with a model, got {folder}, and the run in {run} "
+            "has no checkpoint yet; wait for its first one (train.save_steps), or resume it"
+        )
     meant = " or ".join(map(str, near))
     what = "no config.json in" if folder.is_dir() else "no folder"
     raise FileNotFoundError(

@@ -19,6 +19,7 @@ from tercet.engine.glossary import MEANINGS, general
 from tercet.engine.grace import GraceConfig, GraceEncoder, train
 from tercet.engine.grace.commands import _read_sts
 from tercet.engine.grace.config import GraceData, GraceEval
+from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.train_config import TrainConfig
 
@@ -389,6 +390,21 @@ def test_eval_of_what_is_no_checkpoint_names_the_one_that_is(checkpoint, tmp_pat
     assert f"did you mean {tmp_path}/ran/checkpoint-2 or {other}?" in str(error.value)
     assert main(["grace", "eval", "--model", str(tmp_path / "nope" / "checkpoint-1")]) == 1
     assert f"no folder {tmp_path / 'nope'}" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_without_a_checkpoint_says_so(tmp_path, capsys):
+    run = tmp_path / "run"
+    with RunLog.create(run, GraceData(path="d.jsonl"), total_steps=1):
+        pass
+    for model in (run, run / "checkpoint-50"):
+        assert main(["grace", "eval", "--model", str(model)]) == 1
+        said = capsys.readouterr().err
+        assert (
+            f"got {model}, and the run in {run} has no checkpoint yet; wait for its first" in said
+        )
+    (run / "checkpoint-50.tercet.tmp").mkdir()
+    assert main(["grace", "eval", "--model", str(run / "checkpoint-50.tercet.tmp")]) == 1
+    assert "has no checkpoint yet" in capsys.readouterr().err
 
 
 def test_eval_needs_two_held_out_rows_and_a_place_for_its_output(checkpoint, tmp_path, capsys):
