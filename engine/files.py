@@ -20,10 +20,22 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows behind the others, one JSON object per line; what is not finite becomes null."""
+    """Writes rows behind the others, one JSON object per line; what is not finite becomes null.
+
+    Raises:
+        OSError: the disk is full (ENOSPC); names the file and the free space.  No row is written.
+    """
     text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    told = {"content": path.name, "remedy": "no new line was written; free some space, then resume"}
+    with _named_when_full(path.parent, function="append_jsonl", **told):
+        file = path.open("ab")
+        size = file.tell()
+        try:
+            with file:
+                file.write(text.encode("utf-8"))
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -127,7 +139,7 @@ def read_object(path: Path, function: str, remedy: str) -> dict[str, Any]:
 def removed_on_failure(
     temporary: Path, folder: Path, *, function: str, content: str, remedy: str
 ) -> Iterator[None]:
-    """Leaves no half-written file or folder behind, and gives a full disk's error a name.
+    """Leaves no half-written file or folder behind, and names the folder of a full disk.
 
     Args:
         temporary: what is removed; a file or a folder.
@@ -139,15 +151,23 @@ def removed_on_failure(
     Raises:
         OSError: the disk is full (ENOSPC); names the folder and the free space.
     """
+    with _named_when_full(folder, function=function, content=content, remedy=remedy):
+        try:
+            yield
+        except BaseException:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _named_when_full(folder: Path, *, function: str, content: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        full = _disk_is_full(error)
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        if not full:
+        if not _disk_is_full(error):
             raise
         free = shutil.disk_usage(folder).free / 1e6
         raise OSError(

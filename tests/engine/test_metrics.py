@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -281,6 +282,20 @@ def test_progress_line_shows_the_reward_or_without_one_the_loss():
     assert progress_line(1, 5, {"loss": 0.5}, eta_s=None) == "step 1/5  loss 0.500"
     both = {"loss": 0.5, "reward/mean": 2.0}
     assert progress_line(1, 5, both, eta_s=None) == "step 1/5  reward 2.000"
+
+
+def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, [{"step": 1}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path} must hold metrics\.jsonl, but .*; no new"):
+            append_jsonl(path, [{"step": 2, "text": "x" * 100}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append_jsonl(path, [{"step": 3}])
+    assert read_jsonl(path) == [{"step": 1}, {"step": 3}]
 
 
 def test_not_finite_becomes_null(tmp_path):
