@@ -196,7 +196,7 @@ void Forest::hand_out(Ticket ticket, Leaves& leaves) {
 void Forest::land(const Lane& lane, Leaves& leaves) {
   Tree& tree = trees_[lane.tree];
   Pending& pending = *lane.pending;
-  if (lane.node->is_pending()) {
+  if (lane.node->is_asked()) {
     for (const NodeIndex node : pending.path) nodes_.hot(node).turn_back();
     tree.pending.drop_newest();
     tree.blocked = true;
@@ -207,7 +207,7 @@ void Forest::land(const Lane& lane, Leaves& leaves) {
     tree.begun += 1;
     count_simulation(tree);
   } else {
-    lane.node->set_pending();
+    lane.node->set_asked(true);
     pending.attempts = 1;
     tree.begun += 1;
     const auto newest = static_cast<std::uint32_t>(tree.pending.size() - 1);
@@ -224,8 +224,10 @@ void Forest::count_simulation(Tree& tree) {
 
 void Forest::commit(Tree& tree, double value, std::span<const std::int64_t> handles) {
   const std::vector<NodeIndex>& path = tree.pending[0].path;
+  HotNode& leaf = nodes_.hot(path.back());
+  leaf.set_asked(false);
   if (handles.empty()) {
-    nodes_.hot(path.back()).set_end(static_cast<std::uint32_t>(tree.ends.size()));
+    leaf.set_end(static_cast<std::uint32_t>(tree.ends.size()));
     tree.ends.push_back(value);
   } else {
     nodes_.add_children(tree.slabs, path.back(), handles);

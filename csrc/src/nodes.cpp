@@ -4,6 +4,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -17,11 +18,17 @@ constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 }  // namespace
 
-Nodes::Nodes(std::size_t max_bytes) : max_bytes_(max_bytes) {}
+Nodes::Nodes(std::size_t max_bytes, Layout layout) : max_bytes_(max_bytes), layout_(layout) {}
+
+std::size_t Nodes::bytes_per_node() const {
+  return kBytesPerNode + (layout_.priors ? sizeof(float) : 0) + (layout_.cold ? sizeof(Cold) : 0) +
+         sizeof(double) * layout_.channels;
+}
 
 void Nodes::add_chunk() {
   const std::size_t chunks = chunks_.size() + 1;
-  if (chunks * kChunk * kBytesPerNode > max_bytes_ || chunks * kChunk > kMaxNodes) {
+  const std::size_t size = kChunk * bytes_per_node();
+  if (chunks * size > max_bytes_ || chunks * kChunk > kMaxNodes) {
     throw std::length_error("Forest: nodes hold " + std::to_string(bytes()) +
                             " bytes, and another chunk would pass max_bytes = " +
                             std::to_string(max_bytes_) + "; remove finished trees or allow more");
@@ -32,16 +39,19 @@ void Nodes::add_chunk() {
   used_.resize(chunks * kSlabs);
   free_.reserve(chunks * kSlabs);
   chunks_.reserve(chunks);
-  constexpr std::size_t kBytes = kChunk * kBytesPerNode;
-  void* memory = std::aligned_alloc(kHugePage, (kBytes + kHugePage - 1) / kHugePage * kHugePage);
+  void* memory = std::aligned_alloc(kHugePage, (size + kHugePage - 1) / kHugePage * kHugePage);
   if (memory == nullptr) throw std::bad_alloc();
 #ifdef __linux__
-  madvise(memory, kBytes, MADV_HUGEPAGE);  // a hint, which fails where there are none
+  madvise(memory, size, MADV_HUGEPAGE);  // a hint, which fails where there are none
 #endif
-  auto* hot = static_cast<HotNode*>(memory);
-  auto* handle = reinterpret_cast<std::int64_t*>(hot + kChunk);
-  chunks_.push_back({std::unique_ptr<HotNode[], Freed>(hot), handle,
-                     reinterpret_cast<NodeIndex*>(handle + kChunk)});
+  Chunk chunk{};
+  chunk.hot.reset(static_cast<HotNode*>(memory));
+  chunk.handle = reinterpret_cast<std::int64_t*>(chunk.hot.get() + kChunk);
+  chunk.channels = reinterpret_cast<double*>(chunk.handle + kChunk);
+  chunk.cold = reinterpret_cast<Cold*>(chunk.channels + std::size_t{kChunk} * layout_.channels);
+  chunk.prior = reinterpret_cast<float*>(chunk.cold + (layout_.cold ? kChunk : 0));
+  chunk.parent = reinterpret_cast<NodeIndex*>(chunk.prior + (layout_.priors ? kChunk : 0));
+  chunks_.push_back(std::move(chunk));
   // The lowest last, so that it is taken first; behind what was free before.
   for (std::size_t slab = chunks * kSlabs; slab-- > (chunks - 1) * kSlabs;) {
     free_.push_back(static_cast<std::uint32_t>(slab));
@@ -65,9 +75,13 @@ std::uint32_t Nodes::open_slab(Slabs& slabs) {
   return slab;
 }
 
+std::uint32_t Nodes::room_of(std::uint32_t children) const {
+  return (std::max(children, layout_.room) + 3) / 4 * 4;
+}
+
 NodeIndex Nodes::add_block(Slabs& slabs, NodeIndex parent, std::span<const std::int64_t> handles) {
   const auto size = static_cast<std::uint32_t>(handles.size());
-  const std::uint32_t room = (size + 3) / 4 * 4;
+  const std::uint32_t room = room_of(size);
   if (slabs.count == 0 || slabs.used + room > kSlab) open_slab(slabs);
   const NodeIndex first = slabs.last * kSlab + slabs.used;
   slabs.used += room;
@@ -78,6 +92,10 @@ NodeIndex Nodes::add_block(Slabs& slabs, NodeIndex parent, std::span<const std::
   std::copy(handles.begin(), handles.end(), chunk.handle + at);
   std::fill_n(chunk.handle + at + size, room - size, 0);  // nobody's, up to the next block
   std::fill_n(chunk.parent + at / 4, room / 4, parent);
+  std::fill_n(chunk.channels + std::size_t{at} * layout_.channels,
+              std::size_t{room} * layout_.channels, 0.0);
+  if (layout_.cold) std::fill_n(chunk.cold + at, room, Cold{});
+  if (layout_.priors) std::fill_n(chunk.prior + at, room, 0.0f);
   return first;
 }
 
@@ -94,14 +112,30 @@ NodeIndex Nodes::add_children(Slabs& slabs, NodeIndex parent,
   return first;
 }
 
+void Nodes::append_children(NodeIndex parent, std::span<const std::int64_t> handles) {
+  const NodeIndex first = hot(parent).first_child();
+  const NodeIndex next = first + num_children(parent);
+  hot(next - 1).set_last(false);
+  std::copy(handles.begin(), handles.end(), chunks_[next / kChunk].handle + next % kChunk);
+  hot(next + static_cast<NodeIndex>(handles.size()) - 1).set_last();
+}
+
+std::uint32_t Nodes::num_children(NodeIndex parent) const {
+  const NodeIndex first = hot(parent).first_child();
+  NodeIndex child = first;
+  while (!hot(child).is_last()) ++child;
+  return child - first + 1;
+}
+
 std::vector<NodeIndex> Nodes::all(const Slabs& slabs) const {
   std::vector<NodeIndex> found;
   std::uint32_t slab = slabs.first;
   for (std::uint32_t i = 0; i < slabs.count; ++i, slab = next_[slab]) {
     const NodeIndex end = slab * kSlab + (slab == slabs.last ? slabs.used : used_[slab]);
-    for (NodeIndex node = slab * kSlab; node < end; node = (node + 4) / 4 * 4) {
+    for (NodeIndex first = slab * kSlab, node = first; first < end; node = first) {
       found.push_back(node);
       while (!hot(node).is_last()) found.push_back(++node);
+      first += room_of(node - first + 1);
     }
   }
   return found;

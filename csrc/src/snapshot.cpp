@@ -236,18 +236,19 @@ struct Snapshot::Access {
   static bool check_node(Nodes& nodes, const Tree& tree, const SlabNames& slabs, NodeIndex at) {
     HotNode& node = nodes.hot(at);
     require(std::abs(node.total) <= kMaxValue * kMaxVisits, "a value is out of its range");
+    require(!node.is_closed() && (node.is_leaf() || !node.is_asked()), "the flags of a node");
     if (node.has_children()) {
       node.set_first_child(global(nodes, slabs, node.first_child()));
       return true;
     }
     require(!node.is_terminal() || node.end() < tree.ends.size(), "an end has no value");
-    require((node.visits() > 0) == node.is_terminal() && node.in_flight() == node.is_pending(),
+    require((node.visits() > 0) == node.is_terminal() && node.in_flight() == node.is_asked(),
             "the counts of a leaf");
     return false;
   }
 
   static bool is_empty(const HotNode& node) {
-    return node.is_leaf() && !node.is_last() && node.expected_visits() == 0;
+    return node.is_leaf() && !node.is_asked() && !node.is_last() && node.expected_visits() == 0;
   }
 
   // The one parent of a block.
@@ -320,7 +321,7 @@ struct Snapshot::Access {
     Pending& pending = tree.pending.push();
     const Nodes& nodes = forest.nodes_;
     pending.path = {global(nodes, slabs, in.get<std::uint32_t>())};
-    require(nodes.hot(pending.path[0]).is_pending(), "a ticket's leaf does not wait");
+    require(nodes.hot(pending.path[0]).is_asked(), "a ticket's leaf does not wait");
     while (pending.path.back() != tree.root) {
       pending.path.push_back(nodes.parent(pending.path.back()));
     }

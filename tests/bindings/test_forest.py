@@ -107,6 +107,17 @@ def test_grows_the_trees_of_the_oracle_in_any_order_of_results(options, ends):
             same(forest, tree, PlainSearch(world.look, size, **options).run(root))
 
 
+def test_a_tree_in_memory_of_a_removed_one():
+    world, rng = World(5, most=4, ends=0.0), random.Random(0)
+    forest = Forest()
+    first = forest.add_tree(1, 200)
+    drive(forest, world, rng)
+    forest.remove_tree(first)
+    tree = forest.add_tree(2, 3000)  # more than the first had: all of its memory, and more
+    drive(forest, world, rng)
+    same(forest, tree, PlainSearch(world.look, 3000).run(2))
+
+
 def test_a_deep_tree_of_many_blocks():
     world = World(3, most=64, ends=0.05)
     forest = Forest(max_in_flight=16)

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 #include <stdexcept>
@@ -32,15 +33,22 @@ void counts_and_links_share_eight_bytes() {
   node.turn_back();
   CHECK(node.in_flight() == tercet::kMaxInFlight - 2 && node.visits() == 1 && node.total == 0.5);
   CHECK(node.expected_visits() == tercet::kMaxInFlight - 1);
-  node.set_pending();
-  CHECK(node.is_pending() && node.is_last() && !node.is_leaf() && !node.has_children());
+  node.set_asked(true);
+  CHECK(node.is_asked() && node.is_last() && node.is_leaf() && !node.has_children());
   node.set_first_child(tercet::kMaxNodes - 4);
-  CHECK(node.has_children() && node.first_child() == tercet::kMaxNodes - 4);
-  CHECK(node.is_last() && !node.is_pending() && !node.is_terminal());
+  CHECK(node.has_children() && node.first_child() == tercet::kMaxNodes - 4 && !node.is_leaf());
+  CHECK(node.is_last() && node.is_asked() && !node.is_terminal() && !node.is_closed());
+  node.set_first_child(0);  // of a block in the first slab
+  CHECK(node.has_children() && node.first_child() == 0 && !node.is_leaf());
+  node.set_asked(false);
+  node.set_last(false);
+  CHECK(!node.is_asked() && !node.is_last() && node.has_children() && !node.is_closed());
+  node.set_closed();
   node.set_end(12345);
-  CHECK(node.is_terminal() && node.end() == 12345 && node.is_last() && !node.has_children());
+  CHECK(node.is_terminal() && node.end() == 12345 && node.is_closed() && !node.has_children());
   node.set_end(0);
-  CHECK(node.is_terminal() && node.end() == 0 && !node.is_leaf() && !node.is_pending());
+  CHECK(node.is_terminal() && node.end() == 0 && !node.is_leaf() && !node.is_asked());
+  CHECK(node.is_closed() && !node.is_last());
 }
 
 void blocks_of_two_trees_lie_in_their_own_slabs() {
@@ -65,6 +73,34 @@ void blocks_of_two_trees_lie_in_their_own_slabs() {
   for (const NodeIndex node : nodes.all(a)) names.push_back(nodes.handle(node));
   CHECK((names == std::vector<std::int64_t>{10, 100, 101, 102, 103, 104, 300}));
   CHECK(nodes.all(b).size() == 65);
+}
+
+void a_layout_adds_columns_and_room_to_grow() {
+  const tercet::Layout layout{.priors = true, .cold = true, .channels = 2, .room = 6};
+  Nodes nodes(3 * kChunkBytes, layout);
+  CHECK(nodes.bytes_per_node() == 25 + 4 + 16 + 16);
+  Slabs slabs;
+  const NodeIndex root = nodes.add_root(slabs, 1);
+  const NodeIndex first = nodes.add_children(slabs, root, handles(2, 10));
+  CHECK(nodes.local(first) == 8 && nodes.num_children(root) == 2);
+  const NodeIndex below = nodes.add_children(slabs, first, handles(7, 50));
+  CHECK(nodes.local(below) == 16);
+  for (const NodeIndex node : nodes.all(slabs)) {
+    CHECK(std::isnan(nodes.cold(node).own) && std::isnan(nodes.cold(node).verdict));
+    CHECK(!nodes.cold(node).is_full && *nodes.priors(node) == 0.0f);
+    CHECK(nodes.channels(node).size() == 2 && nodes.channels(node)[1] == 0.0);
+    nodes.channels(node)[1] = nodes.cold(node).own = *nodes.priors(node) = 7;
+  }
+  nodes.append_children(root, handles(3, 12));
+  CHECK(nodes.num_children(root) == 5 && !nodes.hot(first + 1).is_last());
+  CHECK(nodes.hot(first + 4).is_last() && nodes.handle(first + 4) == 14);
+  CHECK(nodes.channels(first + 2)[1] == 0.0 && nodes.parent(first + 4) == root);
+  std::vector<std::int64_t> names;
+  for (const NodeIndex node : nodes.all(slabs)) names.push_back(nodes.handle(node));
+  CHECK((names == std::vector<std::int64_t>{1, 10, 11, 12, 13, 14, 50, 51, 52, 53, 54, 55, 56}));
+  Slabs more;
+  for (std::size_t i = 1; i < Nodes::kChunk / Nodes::kSlab; ++i) nodes.add_root(more = {}, 1);
+  CHECK_THROWS(nodes.add_root(more = {}, 1), std::length_error);
 }
 
 void released_slabs_are_used_again_and_the_limit_holds() {
@@ -156,6 +192,7 @@ int main() {
   memory_that_was_used_looks_like_new();
   trees_of_many_slabs_share_two_chunks();
   counts_and_links_share_eight_bytes();
+  a_layout_adds_columns_and_room_to_grow();
   blocks_of_two_trees_lie_in_their_own_slabs();
   released_slabs_are_used_again_and_the_limit_holds();
 }

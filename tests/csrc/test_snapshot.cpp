@@ -225,9 +225,9 @@ void contradictions_are_refused() {
   refuses({{at::total(5), 1.01 * tercet::kMaxValue * tercet::kMaxVisits}}, "out of its range");
   refuses({{at::total(5), nan}}, "out of its range");
   refuses({{at::link(8), u32{0}}}, "has no end");
-  refuses({{at::link(0), 64u << 1 | last}}, "outside its tree");
-  refuses({{at::link(0), 12u << 1 | last}}, "outside its tree");
-  refuses({{at::link(4), end | 1u << 1}}, "an end has no value");
+  refuses({{at::link(0), 68u << 1 | last}}, "outside its tree");
+  refuses({{at::link(0), 16u << 1 | last}}, "outside its tree");
+  refuses({{at::link(4), end | 1u << 3}}, "an end has no value");
   refuses({{at::counts(4), u32{0}}}, "the counts of a leaf");
   refuses({{at::counts(8), visit | 0u}}, "the counts of a leaf");
   refuses({{at::counts(8), 1u}}, "the counts of a leaf");
@@ -238,17 +238,17 @@ void contradictions_are_refused() {
   refuses({{at::kParents + 8, u32{4}}}, "siblings have two parents");
   refuses({{at::kParents + 4, u32{64}}}, "outside its tree");
   refuses({{at::kParents, u32{4}}}, "the counts of a root");
-  refuses({{at::link(0), 4u << 1}, {at::link(1), last}}, "the counts of a root");
+  refuses({{at::link(0), 8u << 1}, {at::link(1), last}}, "the counts of a root");
   refuses({{at::kCommitted, u32{3}}, {at::kBegun, u32{6}}}, "the counts of a root");
   refuses({{at::kBegun, u32{6}}}, "the counts of a root");
   const std::string child = "not its parent's child";
   refuses({{at::kParents + 4, u32{4}}, {at::kParents + 8, u32{4}}}, child);  // of itself
-  refuses({{at::link(0), 8u << 1 | last}}, child);
+  refuses({{at::link(0), 12u << 1 | last}}, child);
   refuses({{at::kParents + 4, u32{1}}, {at::kParents + 8, u32{1}}}, child);
   refuses({{at::counts(0), 3 * visit | 3}, {at::kCommitted, u32{3}}, {at::kBegun, u32{6}}},
           "the counts of children");
   refuses({{at::counts(0), 2 * visit | 4}, {at::kBegun, u32{6}}}, "the counts of children");
-  refuses({{at::link(8), 4u << 1 | last}}, "children are missing");
+  refuses({{at::link(8), 8u << 1 | last}}, "children are missing");
 
   refuses({{at::kNumPending, u64{2}}}, "the number of tickets");
   refuses({{at::kConfig + 8, u32{2}}}, "the number of tickets");
@@ -290,16 +290,16 @@ void children_before_their_parents_are_refused() {
   }
   const tercet::Bytes bytes = Snapshot::of(forest);
   const std::size_t hot = at::kHot - 8, parents = at::kParents - 8;  // there are no ends
-  CHECK(read<std::uint32_t>(bytes, hot + 12) == (4u << 1 | 1));
-  CHECK(read<std::uint32_t>(bytes, hot + 4 * 16 + 12) == (8u << 1 | 1));
+  CHECK(read<std::uint32_t>(bytes, hot + 12) == (8u << 1 | 1));
+  CHECK(read<std::uint32_t>(bytes, hot + 4 * 16 + 12) == (12u << 1 | 1));
   CHECK(refused(bytes,
-                {{hot + 12, 8u << 1 | 1},
+                {{hot + 12, 12u << 1 | 1},
                  {hot + 4 * 16, 0.0},
                  {hot + 4 * 16 + 8, 0u},
                  {hot + 4 * 16 + 12, 1u},
                  {hot + 8 * 16, 0.5},
                  {hot + 8 * 16 + 8, 1u << 8},
-                 {hot + 8 * 16 + 12, 4u << 1 | 1},
+                 {hot + 8 * 16 + 12, 8u << 1 | 1},
                  {parents + 4, 8u},
                  {parents + 8, 0u}},
                 "not its parent's child"));
@@ -341,7 +341,7 @@ void headers_that_do_not_fit_are_refused() {
     return std::string();
   };
   CHECK(why(7, 1).find("does not begin as one") != std::string::npos);
-  CHECK(why(8, 3).find("has version 2; this build reads version 1") != std::string::npos);
+  CHECK(why(8, 1).find("has version 3; this build reads version 2") != std::string::npos);
   CHECK(why(12, 1).find("has version") != std::string::npos);
   const auto low = static_cast<std::uint8_t>(bytes.size() - kHeader);
   for (const int size : {low - 1, low + 1}) {

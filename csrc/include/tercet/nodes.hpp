@@ -8,6 +8,7 @@
 //   handle   | root . . . | a0 a1 a2 a3 | b0 b1 . . | ...     the caller's name        8 B
 //   parent   | root       | a           | b         | ...     one per group of four    4 B / 4
 //
+// and, where a search needs them (Layout), priors, channels of values and what is rarely read.
 // Blocks begin at multiples of four, which is what lets a group share its parent.
 // Not thread-safe.
 #pragma once
@@ -15,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <span>
 #include <vector>
@@ -26,7 +28,7 @@ using NodeIndex = std::uint32_t;
 inline constexpr std::uint32_t kMaxVisits = (1u << 24) - 1;
 inline constexpr std::uint32_t kMaxInFlight = (1u << 8) - 1;
 inline constexpr std::uint32_t kMaxChildren = 64;
-inline constexpr std::uint32_t kMaxNodes = 1u << 30;  // of a forest
+inline constexpr std::uint32_t kMaxNodes = (1u << 30) - (1u << 18);  // of a forest
 
 class HotNode {
  public:
@@ -43,28 +45,48 @@ class HotNode {
     total += value;
   }
 
-  // A node is a leaf until it gets children or an end, and pending while it is asked about.
-  [[nodiscard]] bool is_leaf() const { return (link_ & ~kLast) == 0; }
-  [[nodiscard]] bool is_pending() const { return (link_ & ~kLast) == kPending; }
-  [[nodiscard]] bool is_terminal() const { return (link_ & kEnd) != 0; }
-  [[nodiscard]] bool has_children() const { return link_ > (kPending | kLast) && !is_terminal(); }
+  // A node is a leaf until it gets children or an end.  `asked`: for its value or for children.
+  [[nodiscard]] bool is_leaf() const { return link_ < kOne; }
+  [[nodiscard]] bool is_asked() const { return (link_ & kAsked) != 0; }
+  [[nodiscard]] bool is_closed() const { return (link_ & kClosed) != 0; }  // all below is known
+  [[nodiscard]] bool is_terminal() const { return link_ >= kEnd; }
+  [[nodiscard]] bool has_children() const { return link_ - kOne < kEnd - kOne; }
   [[nodiscard]] bool is_last() const { return (link_ & kLast) != 0; }  // of its siblings
-  [[nodiscard]] NodeIndex first_child() const { return (link_ & ~kEnd) >> 1; }
-  [[nodiscard]] std::uint32_t end() const { return (link_ & ~kEnd) >> 1; }  // its number
-  void set_last() { link_ |= kLast; }
-  void set_pending() { link_ = (link_ & kLast) | kPending; }
-  void set_first_child(NodeIndex first) { link_ = (link_ & kLast) | first << 1; }
-  void set_end(std::uint32_t number) { link_ = (link_ & kLast) | number << 1 | kEnd; }
+  [[nodiscard]] NodeIndex first_child() const { return ((link_ >> 1) & ~3u) - 4; }
+  [[nodiscard]] std::uint32_t end() const { return (link_ & ~kEnd) >> 3; }  // its number
+  void set_last(bool is = true) { link_ = is ? link_ | kLast : link_ & ~kLast; }
+  void set_asked(bool is) { link_ = is ? link_ | kAsked : link_ & ~kAsked; }
+  void set_closed() { link_ |= kClosed; }
+  void set_first_child(NodeIndex first) { link_ = (link_ & kFlags) | (first + 4) << 1; }
+  void set_end(std::uint32_t number) { link_ = (link_ & kFlags) | number << 3 | kEnd; }
 
  private:
   static constexpr std::uint32_t kLast = 1;
-  static constexpr std::uint32_t kPending = 1 << 1;  // no block begins at index 1
+  static constexpr std::uint32_t kAsked = 2;
+  static constexpr std::uint32_t kClosed = 4;
+  static constexpr std::uint32_t kFlags = kLast | kAsked | kClosed;
+  static constexpr std::uint32_t kOne = kFlags + 1;
   static constexpr std::uint32_t kEnd = 1u << 31;
 
   std::uint32_t counts_{0};  // visits << 8 | in flight
-  std::uint32_t link_{0};    // kEnd | first child or number of the end << 1 | kLast
+  std::uint32_t link_{0};    // kEnd | (first child / 4 + 1, or number of the end) << 3 | flags
 };
 static_assert(sizeof(HotNode) == 16);
+
+// Of a node, rarely read.
+struct Cold {
+  double own{std::numeric_limits<double>::quiet_NaN()};  // the value told for itself
+  float verdict{std::numeric_limits<float>::quiet_NaN()};
+  bool is_full{false};  // gets no more children
+};
+
+// What is kept of each node beside 25 bytes.
+struct Layout {
+  bool priors{false};         // 4 bytes
+  bool cold{false};           // 16 bytes
+  std::uint32_t channels{0};  // 8 bytes each
+  std::uint32_t room{1};      // nodes that a block has room for at least
+};
 
 // Where the next block of a tree goes.
 struct Slabs {
@@ -83,7 +105,7 @@ class Nodes {
   static constexpr std::size_t kBytesPerNode = 16 + 8 + 1;
 
   // max_bytes bounds the chunks together.
-  explicit Nodes(std::size_t max_bytes);
+  explicit Nodes(std::size_t max_bytes, Layout layout = {});
 
   // A tree's first node. Throws std::length_error where max_bytes or kMaxNodes do not allow a slab.
   NodeIndex add_root(Slabs& slabs, std::int64_t handle);
@@ -94,6 +116,12 @@ class Nodes {
   // A block of children, zeroed but for what is given. `handles` holds 1 to kMaxChildren.
   // Throws as add_root does, and then changes nothing.
   NodeIndex add_children(Slabs& slabs, NodeIndex parent, std::span<const std::int64_t> handles);
+
+  // More children of a node that has some, in the room of their block.
+  void append_children(NodeIndex parent, std::span<const std::int64_t> handles);
+
+  // How many children a node with children has.
+  [[nodiscard]] std::uint32_t num_children(NodeIndex parent) const;
 
   // Gives a tree's slabs back.
   void release(const Slabs& slabs);
@@ -107,6 +135,22 @@ class Nodes {
   }
   [[nodiscard]] NodeIndex parent(NodeIndex i) const {  // a root is its own
     return chunks_[i / kChunk].parent[i % kChunk / 4];
+  }
+
+  // Of the first node of a block: those of its siblings follow.
+  [[nodiscard]] float* priors(NodeIndex i) { return chunks_[i / kChunk].prior + i % kChunk; }
+  [[nodiscard]] const float* priors(NodeIndex i) const {
+    return chunks_[i / kChunk].prior + i % kChunk;
+  }
+  [[nodiscard]] Cold& cold(NodeIndex i) { return chunks_[i / kChunk].cold[i % kChunk]; }
+  [[nodiscard]] const Cold& cold(NodeIndex i) const { return chunks_[i / kChunk].cold[i % kChunk]; }
+  [[nodiscard]] std::span<double> channels(NodeIndex i) {
+    return {chunks_[i / kChunk].channels + std::size_t{i % kChunk} * layout_.channels,
+            layout_.channels};
+  }
+  [[nodiscard]] std::span<const double> channels(NodeIndex i) const {
+    return {chunks_[i / kChunk].channels + std::size_t{i % kChunk} * layout_.channels,
+            layout_.channels};
   }
 
   // Position among the nodes of its tree: the same whatever else the forest holds.
@@ -128,7 +172,9 @@ class Nodes {
     __builtin_prefetch(&chunks_[next / kChunk].handle[next % kChunk], 1);
   }
 
-  [[nodiscard]] std::size_t bytes() const { return chunks_.size() * kChunk * kBytesPerNode; }
+  [[nodiscard]] const Layout& layout() const { return layout_; }
+  [[nodiscard]] std::size_t bytes_per_node() const;
+  [[nodiscard]] std::size_t bytes() const { return chunks_.size() * kChunk * bytes_per_node(); }
   [[nodiscard]] std::size_t max_bytes() const { return max_bytes_; }
 
  private:
@@ -140,14 +186,20 @@ class Nodes {
   struct Chunk {
     std::unique_ptr<HotNode[], Freed> hot;
     std::int64_t* handle;
+    double* channels;  // [kChunk, layout.channels]
+    Cold* cold;
+    float* prior;
     NodeIndex* parent;  // of each group of four
   };
 
+  // Nodes that a block of so many children takes up.
+  [[nodiscard]] std::uint32_t room_of(std::uint32_t children) const;
   NodeIndex add_block(Slabs& slabs, NodeIndex parent, std::span<const std::int64_t> handles);
   std::uint32_t open_slab(Slabs& slabs);  // the next of a tree, empty
   void add_chunk();
 
   std::size_t max_bytes_;
+  Layout layout_;
   std::vector<Chunk> chunks_;
   std::vector<std::uint32_t> ordinals_;  // of each slab in its tree
   std::vector<std::uint32_t> next_;      // slab of the same tree

@@ -23,7 +23,7 @@
 
 namespace tercet {
 
-inline constexpr std::uint32_t kSnapshotVersion = 1;
+inline constexpr std::uint32_t kSnapshotVersion = 2;
 
 // Does not clear what a vector makes room for: it is written at once.
 template <typename T>
