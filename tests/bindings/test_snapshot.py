@@ -168,7 +168,7 @@ def resealed(payload):
         sums = list(map(stir, sums, words))
     for lane in sums:
         total = stir(total, lane)
-    return HEADER.pack(b"tercetF\n", 1, len(payload), total) + payload
+    return HEADER.pack(b"tercetF\n", 2, len(payload), total) + payload
 
 
 def test_the_format_is_as_documented():
