@@ -5,6 +5,7 @@ Importing this package loads neither torch nor triton; `tercet.kernels` and `ter
 
 from importlib.metadata import version
 
+from tercet._export import tree_to_dot, tree_to_json, tree_to_svg
 from tercet._mcts import (
     Forest,
     LateTicketError,
@@ -37,4 +38,7 @@ __all__ = [
     "rollout_rewards",
     "search",
     "search_many",
+    "tree_to_dot",
+    "tree_to_json",
+    "tree_to_svg",
 ]

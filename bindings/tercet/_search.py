@@ -31,10 +31,7 @@ class SearchResult(Generic[State]):
     @property
     def values(self) -> NDArray[np.float64]:
         """Mean of the values that came from a node and below it; NaN where nobody was."""
-        visits = self.columns.visits
-        return np.divide(
-            self.columns.total, visits, out=np.full(len(visits), np.nan), where=visits > 0
-        )
+        return mean_values(self.columns)
 
     @property
     def best_nodes(self) -> list[int]:
@@ -42,19 +39,30 @@ class SearchResult(Generic[State]):
 
         Among those with equally many, the one with the highest value, and the first of these.
         """
-        parent, visits, values = self.columns.parent, self.visits, self.values
-        path = [0]
-        while True:
-            children = np.flatnonzero(parent == path[-1])
-            visited = children[visits[children] > 0]
-            if not len(visited):
-                return path
-            path.append(int(max(visited, key=lambda child: (visits[child], values[child]))))
+        return most_visited_path(self.columns)
 
     @property
     def best_path(self) -> list[State]:
         """The states of `best_nodes`."""
         return [self.states[node] for node in self.best_nodes]
+
+
+def mean_values(columns: TreeColumns) -> NDArray[np.float64]:
+    """Of each node; NaN where nobody was."""
+    total, visits = columns.total, columns.visits
+    return np.divide(total, visits, out=np.full(len(visits), np.nan), where=visits > 0)
+
+
+def most_visited_path(columns: TreeColumns) -> list[int]:
+    """Rows of `SearchResult.best_nodes`."""
+    parent, visits, values = columns.parent, columns.visits, mean_values(columns)
+    path = [0]
+    while True:
+        children = np.flatnonzero(parent == path[-1])
+        visited = children[visits[children] > 0]
+        if not len(visited):
+            return path
+        path.append(int(max(visited, key=lambda child: (visits[child], values[child]))))
 
 
 def search(
