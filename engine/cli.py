@@ -42,7 +42,7 @@ COMMANDS = {
         "retrieval, STS, anisotropy, kept generation ability",
     ),
     "grace experiment": Command(
-        "tercet.engine.grace.experiment:main",
+        "tercet.engine.grace.commands:experiment",
         "all rows of the real-text table from one file",
         resumes=True,
     ),

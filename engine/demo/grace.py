@@ -29,15 +29,11 @@ from tercet.engine.demo.tiny import SYSTEM_PROMPT, pretrain
 from tercet.engine.demo.world import World, write_triples
 from tercet.engine.environment import environment, torch_threads
 from tercet.engine.files import replace_text
-from tercet.engine.grace.baselines import (
-    ContrastiveConfig,
-    held_out_measures,
-    train_contrastive,
-)
+from tercet.engine.grace.baselines import held_out_measures, train_contrastive
 from tercet.engine.grace.config import GraceConfig, GraceData
 from tercet.engine.grace.data import data_digests, load_dataset
 from tercet.engine.grace.encoder import GraceEncoder
-from tercet.engine.grace.fit import FitConfig
+from tercet.engine.grace.fit_config import ContrastiveConfig, FitConfig
 from tercet.engine.grace.reward_config import Form, RewardConfig
 from tercet.engine.grace.training import train
 from tercet.engine.metrics import RunLog

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,62 +16,15 @@ from torch import Tensor, nn
 from tercet.engine.choices import Pooling
 from tercet.engine.grace.data import Epochs, Example
 from tercet.engine.grace.encoder import GraceEncoder, pool_prompts
-from tercet.engine.grace.fit import FitConfig, fit
-from tercet.engine.grace.prompts import SYSTEM_PROMPT, Prompt, PromptBuilder
+from tercet.engine.grace.fit import fit
+from tercet.engine.grace.fit_config import ContrastiveConfig
+from tercet.engine.grace.prompts import Prompt, PromptBuilder
 from tercet.engine.grace.readout import corpus_of, measures, read_out
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.engine.records import split_by_tokens
 from tercet.kernels import info_nce
 from tercet.kernels._typing import Float, Int
-
-Method = Literal["info_nce", "simcse"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContrastiveConfig:
-    """A contrastive baseline; temperature and dropout as published for language models."""
-
-    method: Method = "info_nce"  # on pairs; simcse: on texts alone
-    temperature: float = 0.05  # divides cosines
-    symmetric: bool = False  # also document -> query; SimCSE is one-sided
-    attention_dropout: float | None = None  # during training; None: the model's own
-    per_device_train_batch_size: int = 64  # rows of the data per step
-    max_tokens_per_batch: int = 16_384  # of a forward pass; memory only (see `Contrastive`)
-    max_prompt_length: int = 1024  # tokens, template included
-    system_prompt: str = SYSTEM_PROMPT  # before every text; left out of the embedding
-    pooling: Pooling = "mean"  # how hidden states become a vector
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ValueError(
-                f"ContrastiveConfig: method must be one of {get_args(Method)}, got {self.method!r}"
-            )
-        if self.pooling not in get_args(Pooling):
-            raise ValueError(
-                f"ContrastiveConfig: pooling must be one of {get_args(Pooling)}, "
-                f"got {self.pooling!r}"
-            )
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"ContrastiveConfig: temperature must be finite and > 0, got {self.temperature}"
-            )
-        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
-            raise ValueError(
-                "ContrastiveConfig: attention_dropout must be in [0, 1), "
-                f"got {self.attention_dropout}"
-            )
-        if self.per_device_train_batch_size < 2:
-            raise ValueError(
-                "ContrastiveConfig: per_device_train_batch_size must be >= 2 (the other rows are "
-                f"the negatives), got {self.per_device_train_batch_size}"
-            )
-        if self.max_tokens_per_batch < 1:
-            raise ValueError(
-                f"ContrastiveConfig: max_tokens_per_batch must be >= 1, "
-                f"got {self.max_tokens_per_batch}"
-            )
 
 
 class Contrastive:

@@ -1,4 +1,4 @@
-"""`tercet grace train`, `encode` and `eval`.
+"""`tercet grace train`, `encode`, `eval` and `experiment`.
 
 torch and transformers are loaded once the command line is read and its paths are looked at.
 """
@@ -21,6 +21,7 @@ from tercet.engine.data import check_file, check_text, read_rows
 from tercet.engine.files import checkpoints, follow_umask, removed_on_failure, replace_text
 from tercet.engine.glossary import MEANINGS, general
 from tercet.engine.grace.config import GraceConfig
+from tercet.engine.grace.experiment_config import ExperimentConfig
 from tercet.engine.grace.held_out import EvalData, HeldOut, held_out
 from tercet.engine.model_paths import find_model
 
@@ -407,3 +408,25 @@ def _number(value: object, where: str) -> float:
             "correct or delete the row"
         )
     return float(value)
+
+
+def experiment(argv: Sequence[str], prog: str) -> int:
+    """`tercet grace experiment --config FILE.yaml --data FILE.jsonl`.
+
+    Raises:
+        ConfigError: as `load_config`.
+        FileNotFoundError, ValueError: as `check_file`.
+        Whatever `experiment.run` raises.
+    """
+    config = load_config(ExperimentConfig, argv, prog=prog)
+    check_file(Path(config.data))
+
+    from tercet.engine.grace.experiment import run
+
+    def say(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    say(run(config, say))
+    say(f"wrote {config.output_dir}/table.md and results.json; each run's folder is beside them")
+    return 0

@@ -11,42 +11,30 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tercet.engine.choices import Pooling
-from tercet.engine.command_line import load_config
 from tercet.engine.config import ConfigError, changes, to_yaml
 from tercet.engine.data import read_rows
 from tercet.engine.files import replace_text, sha256
-from tercet.engine.grace.baselines import (
-    ContrastiveConfig,
-    held_out_measures,
-    train_contrastive,
-)
+from tercet.engine.grace.baselines import held_out_measures, train_contrastive
 from tercet.engine.grace.config import GraceConfig, GraceData
 from tercet.engine.grace.data import Example
 from tercet.engine.grace.encoder import GraceEncoder
 from tercet.engine.grace.evaluate import held_out_loss
-from tercet.engine.grace.fit import FitConfig, fit
+from tercet.engine.grace.experiment_config import ExperimentConfig
+from tercet.engine.grace.fit import fit
+from tercet.engine.grace.fit_config import ContrastiveConfig, FitConfig
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.grace.readout import Corpus, corpus_of
 from tercet.engine.grace.reward_config import Form, RewardConfig
-from tercet.engine.grace.scratch import (
-    PretrainConfig,
-    RationaleModelling,
-    ScratchModel,
-    build_policy,
-    build_tokenizer,
-)
+from tercet.engine.grace.scratch import RationaleModelling, build_policy, build_tokenizer
 from tercet.engine.grace.table import bm25_row, encoder_row, markdown_table
 from tercet.engine.grace.training import train
 from tercet.engine.metrics import RunLog, check_run_folder
 from tercet.engine.model import Policy
-from tercet.engine.train_config import TrainConfig
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 FINAL_LINE = re.compile(r"\n?####[^\n]*\s*\Z")
@@ -62,52 +50,6 @@ COLUMNS = {
     "held_out_loss": "nats/token",
     "held_out_truncated": "texts cut",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """How rationales are written, in training and when read out."""
-
-    num_generations: int = 8  # G, rollouts of each document
-    generation_batch_size: int = 128  # rollouts per step: groups times num_generations
-    max_completion_length: int = 32  # new tokens, the end token included
-    temperature: float = 1.0  # of the rollouts
-    anchor_temperature: float = 0.5  # of queries, and of anchors where there are none
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExperimentConfig:
-    """The table of docs/grace.md; the same command goes on after a kill.
-
-    data holds one JSON object per line with "question" and "answer".  Lists of seeds may grow
-    between calls, other settings may not.
-    """
-
-    data: str = "gsm8k_test.jsonl"  # {"question": ..., "answer": ...} per line
-    output_dir: str = "runs/grace_gsm8k"  # gets table.md, results.json and a folder per seed
-    seeds: list[int] = field(default_factory=lambda: [0])  # of model and training, one run each
-    num_train: int = 1000  # pairs, after a shuffle; the others are held out
-    split_seed: int = 0  # of that shuffle
-    max_prompt_length: int = 320  # tokens, template included
-    system_prompt: str = "Name what matters."  # before every text; left out of the embedding
-    pooling: Pooling = "mean"  # how hidden states become a vector, of every method
-    model: ScratchModel = field(default_factory=ScratchModel)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    generation: Generation = field(default_factory=Generation)
-    grace: TrainConfig = field(default_factory=lambda: TrainConfig(max_steps=100))
-    info_nce: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    simcse: ContrastiveConfig = field(
-        default_factory=lambda: ContrastiveConfig(method="simcse", attention_dropout=0.3)
-    )
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"ExperimentConfig: seeds must differ, and be given, got {self.seeds}")
-        if self.info_nce.method != "info_nce" or self.simcse.method != "simcse":
-            raise ValueError(
-                "ExperimentConfig: info_nce.method and simcse.method must be what they are called, "
-                f"got {self.info_nce.method!r} and {self.simcse.method!r}"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,19 +292,6 @@ def run(config: ExperimentConfig, say: Callable[[str], None]) -> str:
     replace_text(folder / "results.json", json.dumps(rows, indent=2) + "\n")
     replace_text(folder / "table.md", table)
     return table
-
-
-def main(argv: Sequence[str], prog: str) -> int:
-    """`tercet grace experiment --config FILE.yaml --data FILE.jsonl`."""
-    config = load_config(ExperimentConfig, argv, prog=prog)
-
-    def say(line: str) -> None:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-
-    say(run(config, say))
-    say(f"wrote {config.output_dir}/table.md and results.json; each run's folder is beside them")
-    return 0
 
 
 def _is_row(row: dict[str, object]) -> bool:

@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from tercet.engine.grace.fit_config import FitConfig
 from tercet.engine.guards import NonFiniteWeightsError, non_finite_weights
 from tercet.engine.loop import Loop, Measures
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
-from tercet.engine.train_config import LoopConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitConfig(LoopConfig):
-    """How a policy is fitted to an objective; one step is one batch and one update."""
-
-    learning_rate: float = 1e-4  # of AdamW, after warm-up
-    logging_steps: int = 10  # between lines shown; metrics are kept at every step
-    save_total_limit: int | None = 2  # newest checkpoints kept; None: all
 
 
 @runtime_checkable

@@ -10,14 +10,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tercet.engine.grace.data import Epochs
-from tercet.engine.grace.fit import FitConfig
+from tercet.engine.grace.experiment_config import ScratchModel
+from tercet.engine.grace.fit_config import PretrainConfig
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.grace.table import WORD
 from tercet.engine.model import Policy, score
@@ -29,63 +29,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 COMMON = 0.1  # share of the texts above which a word (not a number) tells nothing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScratchModel:
-    """Sizes of a Qwen3 with tied embeddings, float32."""
-
-    vocab_size: int = 4096  # of a byte-level BPE
-    hidden_size: int = 96  # of a token's state
-    intermediate_size: int = 288  # of the feed-forward layers
-    num_hidden_layers: int = 3  # of attention and feed-forward
-    num_attention_heads: int = 4  # of queries; a divisor of hidden_size
-    num_key_value_heads: int = 2  # shared by the heads of queries
-    max_position_embeddings: int = 512  # tokens of prompt and rationale, at most
-    initializer_range: float = 0.05  # standard deviation of the random weights
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < 512:
-            raise ValueError(f"ScratchModel: vocab_size must be >= 512, got {self.vocab_size}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                "ScratchModel: hidden_size must be a multiple of num_attention_heads, "
-                f"got {self.hidden_size} and {self.num_attention_heads}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PretrainConfig:
-    """Language modelling of texts and rationales."""
-
-    per_device_train_batch_size: int = 32  # texts per step
-    text_weight: float = 0.5  # of the texts' mean token loss beside the rationales'
-    min_words: int = 3  # of a rationale
-    max_words: int = 6  # of a rationale
-    fit: FitConfig = field(
-        default_factory=lambda: FitConfig(
-            max_steps=1000,
-            learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=50,
-            adam_beta2=0.98,
-            logging_steps=50,
-            save_steps=100,
-        )
-    )
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_words <= self.max_words:
-            raise ValueError(
-                "PretrainConfig: 1 <= min_words <= max_words must hold, "
-                f"got {self.min_words} and {self.max_words}"
-            )
-        finite = 0 <= self.text_weight < float("inf")
-        if not finite or self.per_device_train_batch_size < 1:
-            raise ValueError(
-                "PretrainConfig: text_weight must be finite and >= 0, per_device_train_batch_size "
-                f">= 1, got {self.text_weight} and {self.per_device_train_batch_size}"
-            )
 
 
 def build_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from tercet.engine.choices import Pooling
 from tercet.engine.grace.baselines import (
     Contrastive,
-    ContrastiveConfig,
     cached_backward,
     held_out_measures,
     train_contrastive,
@@ -18,7 +17,7 @@ from tercet.engine.grace.baselines import (
 from tercet.engine.grace.data import Example
 from tercet.engine.grace.encoder import GraceEncoder, pool_prompts
 from tercet.engine.grace.evaluate import retrieval_metrics
-from tercet.engine.grace.fit import FitConfig
+from tercet.engine.grace.fit_config import ContrastiveConfig, FitConfig
 from tercet.engine.metrics import RunLog
 from tercet.engine.model import Policy
 from tercet.kernels import info_nce

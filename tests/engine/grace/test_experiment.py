@@ -5,19 +5,16 @@ import json
 import pytest
 
 from tercet.engine.config import ConfigError
-from tercet.engine.grace.baselines import ContrastiveConfig
+from tercet.engine.grace.commands import experiment
 from tercet.engine.grace.experiment import (
     Experiment,
-    ExperimentConfig,
-    Generation,
     Pairs,
-    main,
     read_pairs,
     run,
     worked_answer,
 )
-from tercet.engine.grace.fit import FitConfig
-from tercet.engine.grace.scratch import PretrainConfig, ScratchModel
+from tercet.engine.grace.experiment_config import ExperimentConfig, Generation, ScratchModel
+from tercet.engine.grace.fit_config import ContrastiveConfig, FitConfig, PretrainConfig
 from tercet.engine.train_config import TrainConfig
 
 NAMES = ["Martha", "Toby", "Ahito", "Wanda", "Pedro", "Ingrid", "Kofi", "Lena"]
@@ -191,4 +188,4 @@ def test_seeds_and_methods_are_checked(config, data):
     with pytest.raises(ValueError, match="must be what they are called"):
         replace(config, info_nce=config.simcse)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
-        main(["--data", "nowhere.jsonl"], "tercet grace experiment")
+        experiment(["--data", "nowhere.jsonl"], "tercet grace experiment")

@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from tercet.engine.grace.fit import FitConfig, fit
+from tercet.engine.grace.experiment_config import ScratchModel
+from tercet.engine.grace.fit import fit
+from tercet.engine.grace.fit_config import FitConfig, PretrainConfig
 from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.grace.scratch import (
     END,
-    PretrainConfig,
     RationaleModelling,
     Salience,
-    ScratchModel,
     build_policy,
     build_tokenizer,
     draw_words,
