@@ -289,8 +289,7 @@ def _to_read_it(found: HeldOut, corpus: Corpus) -> list[str]:
     lines = [f"rows: from {found.source}", candidates(corpus)]
     if corpus.queries == corpus.documents:
         lines.append(
-            "texts alone: two samples of a text search each other; without a rationale both are "
-            "the same, so there is no retrieval (-)"
+            "without a rationale the samples of a text are the same, so there is no retrieval (-)"
         )
     return lines
 

@@ -42,12 +42,16 @@ def corpus_of(examples: Sequence[Example]) -> Corpus:
 
 
 def candidates(corpus: Corpus) -> str:
-    """What recall depends on besides the model, one sentence."""
+    """What recall depends on besides the model, and of texts alone what it says; one sentence."""
     n, queries = len(corpus.documents), len(corpus.queries)
     few = f"; a single query is {1 / queries:.3f} of recall" if queries < FEW else ""
+    alone = (
+        "; each text searches another sample of itself, so that 1 says that the samples of a text "
+        "agree, not that texts of one meaning are found"
+    )
     return (
         f"retrieval is among {n} candidates (by chance recall@1 is {1 / n:.3f}): with more of them "
-        f"it is lower{few}"
+        f"it is lower{few}{alone if corpus.queries == corpus.documents else ''}"
     )
 
 

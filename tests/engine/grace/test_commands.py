@@ -311,6 +311,11 @@ def test_eval_gives_the_figures_of_the_last_evaluation_of_training(
     rows = found["rows"]
     assert f"among {rows} candidates (by chance recall@1 is {1 / rows:.3f})" in said.out
     assert ("so there is no retrieval (-)\n" in said.out) == (mode == "unsupervised")
+    events = (run.folder / "events.jsonl").read_text()
+    for told in (said.out, events):
+        assert ("1 says that the samples of a text agree, not that" in told) == (
+            mode == "unsupervised"
+        )
 
 
 def test_what_is_not_as_the_run_measured_is_said(checkpoint, tmp_path, capsys):
