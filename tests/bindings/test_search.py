@@ -83,9 +83,12 @@ def test_the_best_path_takes_most_visits_then_the_highest_value_then_the_first()
     assert found.values[:3].tolist() == pytest.approx([1.0 / 3, 0.4, 0.6])
     assert math.isnan(found.values[3])
     assert search("", lambda _: (1.0, ["a"]), simulations=1).best_path == [""]
-    more = search("", lambda s: (-worth[s], [] if s else ["a", "b"]), simulations=20, c_uct=0.1)
-    assert more.visits[1] > more.visits[2]
-    assert more.best_path == ["", "a"]
+    values = {"": [0.0], "a": [0.4], "b": [0.3], "aa": [0.0]}
+    more = {"": ["a", "b"], "a": ["aa"], "b": [], "aa": []}
+    found = search("", lambda s: (values[s].pop(), more[s]), simulations=4, c_uct=0.0)
+    assert found.visits[1] > found.visits[2]
+    assert found.values[1] < found.values[2]
+    assert found.best_path == ["", "a", "aa"]
 
 
 def test_what_failed_is_asked_again_and_counted():
