@@ -188,21 +188,15 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     Raises:
         ConfigError: as `load_config`.
         FileNotFoundError, OSError: no such data or model, or one that cannot be read; output cannot
-            be written.
+            be written, which is tried before all else.
         ValueError: as `held_out`, `read_rows`, `GraceEncoder.from_pretrained` and
             `GraceEncoder.encode`; fewer than two rows to measure; a score that is no finite number;
             output is there and no file.
     """
     config = load_config(EvalConfig, argv, prog=prog)
     output = None if config.output is None else Path(config.output)
-    if output is not None and output.exists() and not output.is_file():
-        raise ValueError(
-            f"eval: output must be a file, got {output}, a folder, pipe or device; name a file"
-        )
-    if output is not None and not output.resolve().parent.is_dir():  # of a link, its file's
-        raise FileNotFoundError(
-            f"eval: output must be a file in a folder that exists, got {output}; make it"
-        )
+    if output is not None:
+        _check_output(output)
     find_model(config.model)  # a wrong path is not a model that names no rows
     found = held_out(config.model, config.data)
     if len(found.examples) < 2:
@@ -242,6 +236,26 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
         replace_text(output, json.dumps(facts | columns, indent=2) + "\n")
         sys.stdout.write(f"wrote {output}{before}\n")
     return 0
+
+
+def _check_output(path: Path) -> None:
+    """Refuses what cannot be written in the end; a look at permissions would not tell."""
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"eval: output must be a file, got {path}, a folder, pipe or device; name a file"
+        )
+    folder = path.resolve().parent  # of a link, its file's
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"eval: output must be a file in a folder that exists, got {path}; make it"
+        )
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"eval: output must be a file in a folder that can be written to, got {path} "
+            f"({error.strerror}); name another"
+        ) from error
 
 
 def _given(config: EncodeConfig | EvalConfig, names: Sequence[str]) -> dict[str, Any]:

@@ -201,6 +201,11 @@ def test_a_place_that_is_taken_is_refused_before_the_model_is_loaded(tmp_path, c
     link.symlink_to(tmp_path / "no" / "file")
     assert main(["grace", "eval", *argv, "--output", str(link)]) == 1
     assert "output must be a file in a folder that exists, got" in capsys.readouterr().err
+    assert main(["grace", "eval", *argv, "--output", "/proc/figures.json"]) == 1  # not even root's
+    assert "in a folder that can be written to, got /proc/figures" in capsys.readouterr().err
+    assert main(["grace", "eval", *argv, "--output", str(tmp_path / "figures.json")]) == 1
+    assert "output" not in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "link", "pipe"]
 
 
 def run_eval(tmp_path, *argv):
