@@ -50,6 +50,7 @@ COMMANDS = {
         "tercet.engine.bench:main", "every kernel beside its peers: time, memory, error"
     ),
     "report": Command("tercet.engine.report:main", "one self-contained page about a run folder"),
+    "tree": Command("tercet.engine.tree:main", "a search tree of a saved forest as a picture"),
     "doctor": Command(
         "tercet.engine.doctor:main", "versions, devices, and what each operation will run"
     ),

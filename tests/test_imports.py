@@ -105,6 +105,7 @@ def test_an_import_loads_no_more_than_it_needs(statement, absent):
         "grace encode --model ./nowhere --input engine/demo/topics.txt --output-dir nowhere",
         "grace eval --help",
         "grace eval --model ./nowhere",
+        "tree nowhere.forest",
         "grace experiment --help",
         "grace experiment --data nowhere.jsonl",
         "demo grace --max-steps 0",
