@@ -5,6 +5,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tercet.engine.files import placed
+
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
@@ -73,7 +75,9 @@ def check_file(path: Path) -> None:
         ValueError: not a file, or an unknown suffix.
     """
     if not path.exists():
-        raise FileNotFoundError(f"read_rows: the data file must exist, got {path}; check the path")
+        raise FileNotFoundError(
+            f"read_rows: the data file must exist, got no {placed(path)}; check the path"
+        )
     if not path.is_file():
         got = f"the folder {path}; name one file in it"
         if not path.is_dir():
@@ -161,7 +165,7 @@ def _renamed(row: dict[str, object], columns: Mapping[str, str], where: str) -> 
         if theirs not in row:
             raise ValueError(
                 f"read_rows: column {theirs!r} (as {name!r}) must be there, got only {sorted(row)} "
-                f"at {where}; set `columns` to the names in the file"
+                f"at {where}; set columns (--data.columns) to the names in the file"
             )
     renamed = {key: value for key, value in row.items() if key not in columns.values()}
     return renamed | {name: row[theirs] for name, theirs in columns.items()}
@@ -174,6 +178,6 @@ def _check_columns(
         if name not in row:
             raise ValueError(
                 f"read_rows: column {name!r} must be there, got only {sorted(row)} at {where}; "
-                "set `columns` to the names in the file"
+                "call it so in the file"
             )
         check_text("read_rows", columns.get(name, name), row[name], where)

@@ -194,6 +194,12 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def placed(path: str | Path) -> str:
+    """A path as an error names it: a relative one with the folder that it begins in."""
+    relative = not Path(path).is_absolute()
+    return f"{path} (a relative path, looked for in {Path.cwd()})" if relative else f"{path}"
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoint-N folders in a run's folder, newest first."""
     numbered = [(re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in folder.glob("checkpoint-*")]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tercet.engine.files import LOCK, checkpoints
+from tercet.engine.files import LOCK, checkpoints, placed
 
 
 def find_model(path: str | Path) -> str:
@@ -30,7 +30,7 @@ def find_model(path: str | Path) -> str:
     what = "no config.json in" if folder.is_dir() else "no folder"
     raise FileNotFoundError(
         f"find_model: path must be a folder with a model or a hub id, got {what} "
-        f"{folder}; {f'did you mean {meant}?' if meant else 'check the path'}"
+        + (f"{folder}; did you mean {meant}?" if meant else f"{placed(folder)}; check the path")
     )
 
 

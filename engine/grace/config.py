@@ -72,9 +72,9 @@ class GraceData:
                 turned = f"write {theirs} before {name}"
                 other = f"name what {theirs} is to us before it"
                 raise ValueError(
-                    "GraceData: columns must name ours (query, positive, negative, negative_1, "
-                    f"..., text) and behind each the file's, got {name!r} as ours for {theirs!r}; "
-                    f"{turned if COLUMN.fullmatch(theirs) else other}"
+                    "GraceData: columns (--data.columns) must name ours (query, positive, negative"
+                    f", negative_1, ..., text) and behind each the file's, got {name!r} as ours "
+                    f"for {theirs!r}; {turned if COLUMN.fullmatch(theirs) else other}"
                 )
         try:
             re.compile(self.remove or "")

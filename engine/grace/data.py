@@ -201,7 +201,7 @@ def _pick(
     for name in names:
         if name in row:
             return row[name]
-    remedy = "set data.columns to the names in the file, or data.mode"
+    remedy = "set data.columns (--data.columns) to the names in the file, or --data.mode"
     if any(name in other for other in others for name in names):  # the file is of this kind
         remedy = "correct or delete the row"
     raise ValueError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tercet.engine.config import read_record
-from tercet.engine.files import sha256
+from tercet.engine.files import placed, sha256
 from tercet.engine.grace.config import GraceConfig, GraceData, Mode
 from tercet.engine.grace.data import Example, load_dataset, num_shared
 
@@ -164,7 +164,7 @@ def _merged(run: GraceData | None, given: EvalData) -> GraceData:
         file = getattr(data, name)
         if file is not None and not Path(file).exists():
             raise FileNotFoundError(
-                f"eval: the data file of the run must be here, got no {file}; "
+                f"eval: the data file of the run must be here, got no {placed(file)}; "
                 f"set --data.{name.replace('_', '-')} to where it is now"
             )
     return data

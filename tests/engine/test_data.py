@@ -54,7 +54,7 @@ LINES = {
     "not an object": ('{"text": "a"}\n\n["b"]\n', r"one JSON object, got list at .*a\.jsonl:3"),
     "missing": (
         '{"text": "a"}\n{"body": "b"}\n',
-        r"'text' must be there, got only \['body'\] at .*:2",
+        r"'text' must be there, got only \['body'\] at .*:2; call it so in the file",
     ),
     "not a string": ('{"text": "a"}\n{"text": 7}\n', r"'text' must be a string, got int at .*:2"),
     "null": ('{"text": null}\n', r"'text' must be a string, got NoneType at .*:1"),
@@ -78,9 +78,12 @@ def test_bad_line_is_named(tmp_path, name):
         read_rows(write(tmp_path / "a.jsonl", text), ["text"])
 
 
-def test_bad_path_is_named(tmp_path):
+def test_bad_path_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"^read_rows: the data file must exist, got .*no"):
         read_rows(tmp_path / "no.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"got no no.jsonl \(a .* {tmp_path}\); check"):
+        read_rows("no.jsonl")
     with pytest.raises(ValueError, match=r"^read_rows: path must be a file, got the folder"):
         read_rows(tmp_path)
     with pytest.raises(ValueError, match=r"^read_rows: the file name must end in .*a\.csv"):
@@ -89,7 +92,9 @@ def test_bad_path_is_named(tmp_path):
         read_rows(write(tmp_path / "a.parquet", "no parquet"))
     with pytest.raises(ValueError, match=r"^read_rows: path must be a file, got the device"):
         read_rows("/dev/null")
-    with pytest.raises(ValueError, match=r"'question' \(as 'query'\) must be there, .*a\.jsonl:1"):
+    with pytest.raises(
+        ValueError, match=r"'question' \(as 'query'\) must .*:1; set columns \(--data\."
+    ):
         read_rows(write(tmp_path / "a.jsonl", '{"q": "a"}\n'), ["query"], {"query": "question"})
 
 

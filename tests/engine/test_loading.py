@@ -114,15 +114,16 @@ def test_what_is_no_model_fails_before_the_hub_is_asked(tmp_path, monkeypatch):
     for step in (9, 60):
         (tmp_path / "runs" / "first" / f"checkpoint-{step}").mkdir(parents=True)
     (tmp_path / "runs" / "notes.txt").write_text("")
+    here = rf"\(a relative path, looked for in {tmp_path}\)"
     newest = r"; did you mean runs/first/checkpoint-60\?"
     for path, got in {
-        "runs/nothing": "no folder runs/nothing; check the path",
-        "runs/notes.txt": r"no folder runs/notes\.txt; check the path",
+        "runs/nothing": rf"no folder runs/nothing {here}; check the path",
+        "runs/notes.txt": rf"no folder runs/notes\.txt {here}; check the path",
         "runs/first": "no config.json in runs/first" + newest,
         Path("runs/first"): "no config.json in runs/first" + newest,
         "runs/first/checkpoint-61": "no folder runs/first/checkpoint-61" + newest,
-        "some/where/else": "no folder some/where/else; check the path",
-        "../other": r"no folder \.\./other; check the path",
+        "some/where/else": f"no folder some/where/else {here}; check the path",
+        "../other": rf"no folder \.\./other {here}; check the path",
         "~/no such": "no folder .*/no such; check the path",
         "": "no config.json in",
     }.items():

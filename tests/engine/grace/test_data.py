@@ -77,7 +77,9 @@ def test_one_bad_row_is_no_matter_of_settings(dataset):
         dataset([{"multi_input": inner}, {"x": "b"}])
     with pytest.raises(ValueError, match=r"got only \['x'\] at .*:2; correct or delete the row$"):
         dataset([{"prompt": [{"content": "a"}]}, {"x": "b"}], mode="unsupervised")
-    with pytest.raises(ValueError, match=r"got only \['prompt'\] at .*:1; set data\.columns to"):
+    with pytest.raises(
+        ValueError, match=r"got only \['prompt'\] at .*:1; set data\.columns \(--data\.c"
+    ):
         dataset([{"prompt": "a"}, {"x": "b"}], mode="unsupervised")
 
 
@@ -142,7 +144,7 @@ def test_repeated_documents_are_counted(dataset):
 BAD_ROWS = {
     "no query": (
         {"positive": "d"},
-        r"column 'query' or 'anchor' must be there, got only .*:1; set data",
+        r"column 'query' or 'anchor' must be there, .*:1; set data\.columns \(--data\.columns\) to",
     ),
     "no positive": ({"query": "q"}, r"column 'positive' or 'pos' must be there, .*rows\.jsonl:1"),
     "empty list": ({"query": "q", "pos": []}, r"must have a positive, got an empty list at .*:1"),
@@ -183,6 +185,8 @@ BAD_SETTINGS = {
     "got 'question' as ours for 'query'; write query before question": {
         "columns": {"question": "query"}
     },
+    "columns (--data.columns) must name ours (query, positive, negative, negative_1, ..., text) "
+    "and behind each the file's, "
     "got 'title' as ours for 'body'; name what body is to us before it": {
         "columns": {"title": "body"}
     },

@@ -137,13 +137,16 @@ def test_a_text_trained_on_alone_counts_on_either_side():
     assert shared == [1, 1, 1, 0, 0]
 
 
-def test_what_cannot_be_known_is_said(make_run, tmp_path):
+def test_what_cannot_be_known_is_said(make_run, tmp_path, monkeypatch):
     model, _ = make_run()
     moved = str((tmp_path / "pairs.jsonl").rename(tmp_path / "moved.jsonl"))
     with pytest.raises(
         FileNotFoundError, match=r"got no .*pairs\.jsonl; set --data\.path to where"
     ):
         held_out(model, EvalData())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"no no.jsonl \(a .* {tmp_path}\); set --data\."):
+        held_out(model, EvalData(path="no.jsonl"))
     before = held_out(model, EvalData(path=moved))
     assert (len(before.examples), before.num_trained_on, before.notes) == (
         4,
