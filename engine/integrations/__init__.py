@@ -1,0 +1,1 @@
+"""Adapters: what was written for another library runs on Tercet's core."""
