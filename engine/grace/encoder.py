@@ -268,11 +268,13 @@ class GraceEncoder:
         if budget and longest < positions:
             room = positions - longest
             remedy = f"set max_completion_length (--max-completion-length) to at most {room}"
-        frame = len(self.prompt.prefix_ids) + len(self.prompt.suffix_ids)
+        shorten = "shorten the system prompt (--system-prompt)"
+        frame = self.prompt.frame
+        fits = frame + (2 if budget else 1) <= positions  # a token of text, and one written
         raise ValueError(
             f"encode: {what} must fit into the model's {positions} positions, got a "
             f"prompt of {longest} tokens ({frame} of them template and system prompt){written}; "
-            f"{remedy}, or shorten the system prompt (--system-prompt)"
+            f"{f'{remedy}, or {shorten}' if fits else shorten}"
         )
 
     def _write(

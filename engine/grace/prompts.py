@@ -73,14 +73,15 @@ class PromptBuilder:
         self.prefix_ids = self._encode_template(self.prefix)
         self.suffix_ids = self._encode_template(self.suffix)
         self._check_prefix()
-        # Text tokens that fit.
-        self.room = max_prompt_length - len(self.prefix_ids) - len(self.suffix_ids)
+        # Tokens of template and system prompt, and how many of a text fit beside them.
+        self.frame = len(self.prefix_ids) + len(self.suffix_ids)
+        self.room = max_prompt_length - self.frame
         if self.room < 1:
             raise ValueError(
-                "build_prompt: max_prompt_length must be above the "
-                f"{len(self.prefix_ids) + len(self.suffix_ids)} tokens of template and system "
-                f"prompt, got {max_prompt_length}; raise it (--max-prompt-length, in training "
-                "--data.max-prompt-length) or shorten the system prompt"
+                f"build_prompt: max_prompt_length must be above the {self.frame} tokens of "
+                f"template and system prompt, got {max_prompt_length}; raise it "
+                "(--max-prompt-length, in training --data.max-prompt-length) or shorten the system "
+                "prompt (--system-prompt, in training --data.system-prompt)"
             )
         control = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self._control = re.compile("|".join(re.escape(t) for t in control if len(t) > 1) or r"(?!)")

@@ -51,12 +51,6 @@ class GraceSystem:
                 "GraceSystem: the policy must have a tokenizer, got None; "
                 "save one beside the model, or pass it to Policy"
             )
-        longest = config.data.max_prompt_length + config.max_completion_length
-        if policy.max_length is not None and longest > policy.max_length:
-            raise ValueError(
-                "GraceSystem: data.max_prompt_length + max_completion_length must be at most "
-                f"{policy.max_length} (the model's positions), got {longest}; lower one of them"
-            )
         self.config = config
         self.dataset = dataset
         self.device = policy.device
@@ -70,6 +64,7 @@ class GraceSystem:
             sampler=sampler,
         )
         self.prompt = self.encoder.prompt
+        self._check_positions(policy.max_length)
         self._epochs = Epochs(len(dataset.train), config.train.seed)
         self._rollout = SamplingParams(
             max_completion_length=config.max_completion_length,
@@ -83,6 +78,21 @@ class GraceSystem:
         """The rows of step 1, 2, ..., one per group; a pure function of (train.seed, step)."""
         size = self.config.groups_per_step
         return [self.dataset.train[i] for i in self._epochs.rows((step - 1) * size, size)]
+
+    def _check_positions(self, positions: int | None) -> None:
+        longest = self.config.data.max_prompt_length + self.config.max_completion_length
+        if positions is None or longest <= positions:
+            return
+        remedy = "lower one of them (--data.max-prompt-length, --max-completion-length)"
+        if self.prompt.frame + 2 > positions:  # a token of text, and one written
+            remedy = (
+                f"template and system prompt alone are {self.prompt.frame} tokens: shorten the "
+                "system prompt (--data.system-prompt)"
+            )
+        raise ValueError(
+            "GraceSystem: data.max_prompt_length + max_completion_length must be at most "
+            f"{positions} (the model's positions), got {longest}; {remedy}"
+        )
 
     def requests(self, step: int) -> list[Request]:
         """What to sample at step 1, 2, ..., group after group."""

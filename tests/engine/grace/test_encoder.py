@@ -239,6 +239,14 @@ def test_what_the_model_has_no_room_for_names_the_settings(
         encoder.encode(["the", "bread " * 40], max_completion_length=9, generate=generate)
     assert "set max_prompt_length (--max-prompt-length) below 64, or shorten" in str(error.value)
     assert ("max_completion_length" in str(error.value)) == generate
+    frame = encoder.prompt.frame
+    for positions, only in ((frame + generate, True), (frame + generate + 1, False)):
+        policy = Policy(make_tiny_model(max_position_embeddings=positions), tiny_tokenizer)
+        with pytest.raises(ValueError, match=r"shorten the system prompt \(--system-p") as error:
+            GraceEncoder(policy, system_prompt=SYSTEM).encode(
+                ["bread " * 40], max_completion_length=9, generate=generate
+            )
+        assert ("set max_prompt_length" not in str(error.value)) == only
     if generate:
         with pytest.raises(
             ValueError, match=rf"the model's 64 .* got a prompt of {64 - room}"

@@ -153,7 +153,8 @@ def test_no_room_for_text(tokenizer):
     with pytest.raises(
         ValueError,
         match=rf"^build_prompt: max_prompt_length must be above the {frame} tokens of template and "
-        r"system prompt, got 9; raise it \(--max-prompt-length, in training --data\.max-prompt-l",
+        r"system prompt, got 9; raise it \(--max-prompt-length, in training --data\.max-prompt-leng"
+        r"th\) or shorten the system prompt \(--system-prompt, in training --data\.system-pr",
     ):
         build_prompt(tokenizer, "the sea", max_prompt_length=9)
 

@@ -23,6 +23,7 @@ from tercet.engine.grace import GraceConfig, GraceEncoder, train
 from tercet.engine.grace.commands import _what_is_saved
 from tercet.engine.grace.commands import train as main
 from tercet.engine.grace.config import GraceData, GraceEval
+from tercet.engine.grace.prompts import PromptBuilder
 from tercet.engine.metrics import hold_folder
 from tercet.engine.model import Policy
 from tercet.engine.train_config import TrainConfig
@@ -243,9 +244,25 @@ def test_a_tokenizer_without_chat_template_writes_nothing(make_config, model_fol
 
 
 def test_rows_above_the_positions_write_nothing(make_config, tmp_path):
-    with pytest.raises(ValueError, match=r"at most 512 \(the model's positions\), got 600"):
+    with pytest.raises(
+        ValueError, match=r"at most 512 \(the model's positions\), got 600; lower one of them \(--d"
+    ):
         train(make_config(max_completion_length=400))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_system_prompt_above_the_positions_is_what_to_shorten(
+    make_config, make_tiny_model, tiny_tokenizer, model_folder
+):
+    frame = PromptBuilder(tiny_tokenizer).frame
+    for positions, remedy in {
+        frame + 1: rf"alone are {frame} tokens: shorten the .* \(--data\.system-prompt\)$",
+        frame + 2: r"lower one of them \(--data\.max-prompt-length, --max-completion-length\)$",
+    }.items():
+        policy = Policy(make_tiny_model(max_position_embeddings=positions), tiny_tokenizer)
+        policy.save(model_folder)
+        with pytest.raises(ValueError, match=rf"at most {positions} .* got [0-9]*; .*{remedy}"):
+            train(make_config())
 
 
 def test_hidden_states_that_overflow_write_nothing(make_config, model_folder, tmp_path):
