@@ -247,6 +247,12 @@ def _run_folders(folder: Path) -> list[Path]:
     return sorted(run for run in found if found.isdisjoint(run.parents)) or [folder]
 
 
+def default_page(*folders: str | Path) -> Path:
+    """Where `write_report` writes when nobody says where."""
+    common = os.path.commonpath([Path(folder).resolve() for folder in folders])
+    return Path(os.path.relpath(common)) / "report.html"
+
+
 def write_report(*folders: str | Path, output: str | Path | None = None) -> Path:
     """Writes one page about all runs that the folders are or hold; returns its path.
 
@@ -268,9 +274,7 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
         _check_output(Path(output))
     found = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     by_path = dict(each for folder in found for each in _runs_in(folder))
-    target = (
-        Path(output) if output else Path(os.path.relpath(os.path.commonpath(found))) / "report.html"
-    )
+    target = Path(output) if output else default_page(*folders)
     tables, labels = [], {}
     for folder in found:
         tables += (own := load_tables(folder))
@@ -294,10 +298,12 @@ def _check_output(path: Path) -> None:
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Writes the page and prints its path."""
+    """Writes the page and says where, and whether it took the place of another file."""
     parser = OneLineParser(prog=prog, description=__doc__)
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--output", help="default: report.html where the runs are")
     args = parser.parse_args(argv)
-    sys.stdout.write(f"{write_report(*args.run, output=args.output)}\n")
+    page = Path(args.output) if args.output else default_page(*args.run)
+    before = " (in place of the file of that name)" if page.exists() else ""
+    sys.stdout.write(f"wrote {write_report(*args.run, output=args.output)}{before}\n")
     return 0

@@ -269,6 +269,16 @@ def test_runs_from_several_places_are_one_page(tmp_path):
     assert "b/run" in text
 
 
+def test_the_command_says_what_it_wrote_over(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    over = " (in place of the file of that name)"
+    for argv, page in ((["run"], "run/report.html"), (["run", "--output", "a.html"], "a.html")):
+        for more in ("", over):
+            assert cli(["report", *argv]) == 0
+            assert capsys.readouterr().out == f"wrote {page}{more}\n"
+
+
 def test_a_run_without_the_metrics_has_no_empty_column(tmp_path):
     run = make_run(tmp_path / "one")
     make_run(tmp_path / "other")
