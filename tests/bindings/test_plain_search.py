@@ -563,6 +563,9 @@ def test_more_children_than_there_is_room_for_are_refused():
     grown(scripted({}, handles=(1, 2, 3)), 3, max_children=2)  # bounds widening alone
     with pytest.raises(ValueError, match="3 children, room for 2"):
         grown(scripted({}, handles=(1, 2, 3)), 3, widening=1.0, max_children=2)
+    first = {("evaluate", 0): Found(handles=(1, 2))}
+    with pytest.raises(ValueError, match="2 children, room for 1"):
+        grown(scripted(first, handles=(1, 2)), 20, widening=2.0, max_children=3)
     with pytest.raises(ValueError, match="65 children, room for 64"):
         grown(scripted({}, handles=(1,) * 65), 3)
 
@@ -725,6 +728,7 @@ def outcomes(*told):
         ({"stop_negatives": 2}, [1.0, -1.0, -1.0, 1.0, 1.0], "samples", 3),
         ({"stop_positives": 1, "stop_negatives": 1}, [-1.0, 0.0, NAN, 0.1], "samples", 4),
         ({"stop_positives": 1, "stop_correct": True}, [1.0], "correct", 1),
+        ({"stop_negatives": 1}, [0.0, NAN, -0.5], "samples", 3),
     ],
 )
 def test_a_tree_stops_by_outcomes(settings, told, reason, committed):
