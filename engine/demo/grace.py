@@ -44,6 +44,7 @@ from tercet.engine.train_config import TrainConfig
 
 MAX_PROMPT_LENGTH = 64  # tokens; the longest prompt of the world has 19
 NUM_TRIPLES = 2048  # training rows
+AFRESH = "delete the folder, or name another with --output-dir, to start afresh"
 SHOWN_TEXTS = (0, 70, 340)  # of the held-out ones: two queries and a document, chosen beforehand
 
 
@@ -80,7 +81,7 @@ class GraceDemo:
         """The taught model in base/; returns the steps it took and the accuracy it reached."""
         folder = self.folder / "base"
         facts = folder / "pretrain.json"
-        if not facts.exists():
+        if not self._kept(facts):
             config = self.config
             made = pretrain(
                 self.world, config.pretrain, seed=config.seed, progress=self._tell_accuracy
@@ -120,13 +121,13 @@ class GraceDemo:
         """Runs GRACE with one form of the reward; returns its last checkpoint."""
         config = self.grace_config(form)
         checkpoint = Path(config.output_dir) / f"checkpoint-{config.train.max_steps}"
-        return checkpoint if checkpoint.exists() else train(config).checkpoint
+        return checkpoint if self._kept(checkpoint) else train(config).checkpoint
 
     def train_infonce(self) -> Path:
         """Trains the contrastive baseline on the same rows; returns its last checkpoint."""
         config, folder = self.config, self.folder / "infonce"
         checkpoint = folder / f"checkpoint-{config.max_steps}"
-        if checkpoint.exists():
+        if self._kept(checkpoint):
             return checkpoint
         settings = ContrastiveConfig(
             per_device_train_batch_size=config.groups_per_step,
@@ -181,6 +182,12 @@ class GraceDemo:
             system_prompt=SYSTEM_PROMPT,
         )
 
+    def _kept(self, result: Path) -> bool:
+        """Whether the result of a stage is there already; says so."""
+        if found := result.exists():
+            self.console.print(f"{result} is there from before: kept", soft_wrap=True)
+        return found
+
     def _tell_accuracy(self, step: int, accuracy: float) -> None:
         if step % self.config.logging_steps == 0:
             self.console.print(f"step {step}  topic named right {accuracy:.2f}")
@@ -199,16 +206,20 @@ def run_demo(config: GraceDemoConfig, *, console: Console | None = None) -> Demo
     console = Console(highlight=False) if console is None else console
     demo = GraceDemo(config, console)
     results = demo.folder / "results.json"
-    _claim(demo.folder, config)
+    goes_on = _claim(demo.folder, config)
     if not results.exists():
+        if goes_on:
+            console.print(
+                f"{demo.folder} holds this demo, unfinished: going on with what is there "
+                f"({AFRESH})",
+                soft_wrap=True,
+            )
         with torch_threads(1):
             found = _run_stages(demo, console)
         replace_text(results, json.dumps(asdict(found), indent=2) + "\n")
     else:
         console.print(
-            f"{demo.folder} holds this demo, finished: showing it again "
-            "(--output-dir NEW makes another)",
-            soft_wrap=True,
+            f"{demo.folder} holds this demo, finished: showing it again ({AFRESH})", soft_wrap=True
         )
     found = read_results(results)
     show_results(found, console)
@@ -259,20 +270,26 @@ def _run_stages(demo: GraceDemo, console: Console) -> DemoResults:
     return replace(found, seconds={**watch.seconds, "total": sum(watch.seconds.values())})
 
 
-def _claim(folder: Path, config: GraceDemoConfig) -> None:
-    """Writes the settings into a new folder, or checks that the folder has these very ones."""
+def _claim(folder: Path, config: GraceDemoConfig) -> bool:
+    """Writes the settings into a new folder, or checks that the folder has these very ones.
+
+    Returns:
+        Whether it had them.
+    """
     settings = folder / "demo.yaml"
     if changed := changes(settings, config) if settings.exists() else []:
         raise FileExistsError(
             f"run_demo: output_dir must be new or hold this demo, got one with other settings in "
             f"{folder} ({', '.join(changed)}); choose another --output-dir"
         )
+    goes_on = settings.exists()
     # what a kill left half-written is nobody's
     kept = [p for p in folder.glob("*") if p.suffix != ".tmp"]
-    if kept and not settings.exists():
+    if kept and not goes_on:
         raise FileExistsError(
             f"run_demo: output_dir must be new or hold this demo, got other files in {folder}; "
             "choose another --output-dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(settings, to_yaml(config))
+    return goes_on

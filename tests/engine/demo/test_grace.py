@@ -127,7 +127,9 @@ def test_a_finished_demo_is_shown_again_and_not_run(finished):
     config, _, results = finished
     out = io.StringIO()
     assert run_demo(config, console=Console(file=out, width=80)) == results
-    assert "showing it again" in out.getvalue()
+    assert f"{config.output_dir} holds this demo, finished: showing it again (delete the" in (
+        out.getvalue()
+    )
     assert "topic named right" not in out.getvalue()
 
 
@@ -161,7 +163,8 @@ def test_a_stopped_demo_goes_on_and_ends_the_same(finished, tmp_path):
                 raise KeyboardInterrupt
             return super().write(text)
 
-    console = Console(file=Interrupted())
+    first = Interrupted()
+    console = Console(file=first)
     with pytest.raises(KeyboardInterrupt):
         run_demo(mine, console=console)
     base = tmp_path / "demo" / "base" / "model.safetensors"
@@ -169,6 +172,15 @@ def test_a_stopped_demo_goes_on_and_ends_the_same(finished, tmp_path):
     out = io.StringIO()
     results = run_demo(mine, console=Console(file=out))
     assert base.stat().st_mtime_ns == written
+    assert "unfinished" not in first.getvalue()
+    assert "holds this demo, unfinished: going on with what is there (delete the folder" in (
+        out.getvalue()
+    )
+    kept = re.findall(r"(\S+) is there from before: kept", out.getvalue())
+    assert kept == [
+        str(tmp_path / "demo" / name)
+        for name in ("base/pretrain.json", "paper/checkpoint-2", "document/checkpoint-2")
+    ]
     assert "topic named right" not in out.getvalue()
     assert results.readings == whole.readings  # seeded: two folders, the same figures
     assert results.samples == whole.samples
