@@ -65,12 +65,16 @@ def shorter(text: str) -> str:
     return text
 
 
-@pytest.mark.parametrize(("page", "number"), [("README.md", 2), ("docs/grace.md", 1)])
+@pytest.mark.parametrize(("page", "number"), [("README.md", 3), ("docs/grace.md", 1)])
 def test_python_of_the_pages_runs(after_the_demo, capsys, page, number):
     for block in blocks(page, "python"):
         exec(compile(shorter(block), page, "exec"), {})
     assert len(blocks(page, "python")) == number
     assert "tensor" in (said := capsys.readouterr().out) or "torch.Size([1, 64])" in said
+    for shown in re.findall(
+        r"^print\(.*\)  # (\(.*)$", "".join(blocks(page, "python")), flags=re.M
+    ):
+        assert f"{shown}\n" in said
 
 
 @pytest.mark.slow

@@ -86,6 +86,8 @@ def test_no_top_level_package_shadows_a_stranger():
         ("import tercet", {"torch", "triton", "transformers"}),
         ("import tercet.engine.cli", {"torch", "triton", "transformers"}),
         ("import tercet.kernels", {"transformers", "datasets"}),
+        ("import tercet.engine.integrations.treequest", {"torch", "treequest"}),
+        ("import tercet.engine.integrations.llm_reasoners", {"torch", "reasoners"}),
         ("from tercet.engine.grace import GraceConfig", {"torch", "transformers", "datasets"}),
     ],
 )

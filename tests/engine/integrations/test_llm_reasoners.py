@@ -186,6 +186,21 @@ def test_an_end_that_only_a_rollout_saw_counts_for_the_reward_and_not_for_visits
     assert mcts(Numbers(), Steps()).terminal_state is None
 
 
+def test_of_equal_ends_the_one_of_the_first_actions_is_given():
+    class Config(Steps):
+        def get_actions(self, state):
+            return ["double", "add", "subtract"] if len(state) < 3 else []
+
+    class Flat(Numbers):
+        def is_terminal(self, state):
+            return len(state) == 3
+
+    result = MCTS(n_iters=30, w_exp=30.0)(Flat(), Config(reward=1.0))
+    assert sum(node.is_terminal for node in result.search.states) > 3
+    assert result.trace is not None
+    assert result.trace[1] == ["double", "double"]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
