@@ -87,7 +87,7 @@ def main(argv: list[str], prog: str) -> int:
         "versions": {"tercet": tercet.__version__, "python": platform.python_version()}
         | package_versions(),
         "devices": devices() | {"C++ compiler": compiler},
-        "implementations": implementations() | {"search core": tercet.Tree.__module__},
+        "implementations": implementations() | {"search core": tercet.Forest.__module__},
     }
     for title, rows in sections.items():
         sys.stdout.write(f"{title}\n")
