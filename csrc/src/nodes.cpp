@@ -1,6 +1,7 @@
 #include "tercet/nodes.hpp"
 
 #include <algorithm>
+#include <map>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -139,6 +140,37 @@ std::vector<NodeIndex> Nodes::all(const Slabs& slabs) const {
     }
   }
   return found;
+}
+
+// All but its place among its siblings and its children.
+void Nodes::copy_node(NodeIndex from, NodeIndex to) {
+  const bool is_last = hot(to).is_last();
+  hot(to) = hot(from);
+  hot(to).set_last(is_last);
+  std::ranges::copy(channels(from), channels(to).begin());
+  if (layout_.cold) cold(to) = cold(from);
+  if (layout_.priors) *priors(to) = *priors(from);
+}
+
+NodeIndex Nodes::copy(std::span<const NodeIndex> all, NodeIndex root, Slabs& slabs) {
+  std::map<NodeIndex, NodeIndex> copies;
+  const NodeIndex top = add_root(slabs, handle(root));
+  copy_node(root, top);
+  copies[root] = top;
+  for (const NodeIndex node : all) {  // parents come before their children
+    const auto found = copies.find(node);
+    if (found == copies.end() || !hot(node).has_children()) continue;
+    const NodeIndex first = hot(node).first_child();
+    const std::uint32_t n = num_children(node);
+    std::vector<std::int64_t> handles(n);
+    for (std::uint32_t i = 0; i < n; ++i) handles[i] = handle(first + i);
+    const NodeIndex block = add_children(slabs, found->second, handles);
+    for (std::uint32_t i = 0; i < n; ++i) {
+      copy_node(first + i, block + i);
+      copies[first + i] = block + i;
+    }
+  }
+  return top;
 }
 
 void Nodes::release(const Slabs& slabs) {

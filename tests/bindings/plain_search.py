@@ -8,7 +8,7 @@ import math
 import runpy
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class Settings:
     gumbel_maxvisit_init: float = 50.0
     widening: float = 0.0  # k of k N^alpha children; 0: all at once
     widening_alpha: float = 0.5
-    max_children: int = 64  # of a node, under widening
+    max_children: int = 64  # of a node
     solver: bool = False
     backup: str = "mean"  # sum, max, min, product, last, children
     gamma: float = 1.0
@@ -641,7 +641,7 @@ class PlainTree:
         if ticket.asks:
             node.asked = False
         if found.fails >= self.settings.max_attempts:
-            found = self.given_up()
+            found = replace(self.given_up(), cost=found.cost)
         if found.cancelled:
             self.begun -= ticket.kind != "expand"
         elif ticket.kind == "expand":
@@ -704,8 +704,7 @@ class PlainTree:
     # Children.
 
     def room(self, node: PlainNode) -> int:
-        most = self.settings.max_children if self.settings.widening > 0 else 64
-        return 0 if node.terminal else most - len(node.children)
+        return 0 if node.terminal else self.settings.max_children - len(node.children)
 
     def add_children(self, node: PlainNode, found: Found) -> int:
         """How many came that it did not have."""

@@ -69,7 +69,6 @@ def random_choice_of_child(rng: random.Random) -> dict[str, Any]:
         "min_max": often(rng, "none", "siblings", "tree"),
         "virtual_loss": rng.choice((0.0, 1.0, 3.5)),
         "dual_target": rng.random() < 0.3,
-        "dirichlet_alpha": often(rng, 0.0, 0.03, 0.3, 1.0, 10.0),
         "dirichlet_fraction": rng.choice((0.0, 0.25, 1.0)),
         "gumbel_considered": rng.choice((1, 2, 3, 4, 16)),
         "gumbel_value_scale": rng.choice((0.0, 0.1, 1.0)),
@@ -120,14 +119,24 @@ def random_stops(rng: random.Random) -> dict[str, Any]:
 
 def random_settings(rng: random.Random) -> Any:
     parts = (random_choice_of_child, random_growth, random_backup, random_stops)
-    return plain.Settings(**{name: x for part in parts for name, x in part(rng).items()})
+    chosen = {name: x for part in parts for name, x in part(rng).items()}
+    if reads_priors(chosen):
+        chosen["dirichlet_alpha"] = often(rng, 0.0, 0.03, 0.3, 1.0, 10.0)
+    return plain.Settings(**chosen)
+
+
+def reads_priors(settings: dict[str, Any]) -> bool:
+    """Only such searches may be told priors, or mix noise into them."""
+    first_play = settings["first_play"]
+    reduced = first_play == "parent" and settings["first_play_value"] != 0
+    return settings["rule"] in ("puct", "gumbel") or first_play == "prior" or reduced
 
 
 def random_budgets(rng: random.Random) -> Any:
     bounds = {
-        "evaluations": (0, 1, 10, 30),
+        "evaluations": (1, 10, 30),
         "nodes": (1, 10, 40),
-        "model_calls": (0.0, 3.0, 20.0),
+        "model_calls": (1.0, 3.0, 20.0),
         "tokens": (17.0, 500.0),
         "tool_calls": (1.0, 10.0),
         "seconds": (0.3, 12.5),
@@ -230,7 +239,7 @@ class World:
             return {}
         rng, habits = self.rng("children", kind, handle, nth), self.habits
         had = self.told_before(kind, handle, nth)
-        room = (self.settings.max_children if self.settings.widening > 0 else 64) - had
+        room = self.settings.max_children - had
         count = min(room, rng.randint(0 if had else 1, habits.most))
         handles = [self.name(handle, rng) for _ in range(count)]
         return {

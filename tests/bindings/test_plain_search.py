@@ -560,7 +560,8 @@ def test_widening_is_over_when_nothing_new_comes(empty):
 
 def test_more_children_than_there_is_room_for_are_refused():
     grown(scripted({}, handles=(1, 2)), 3, widening=1.0, max_children=2)
-    grown(scripted({}, handles=(1, 2, 3)), 3, max_children=2)  # bounds widening alone
+    with pytest.raises(ValueError, match="3 children, room for 2"):
+        grown(scripted({}, handles=(1, 2, 3)), 3, max_children=2)
     with pytest.raises(ValueError, match="3 children, room for 2"):
         grown(scripted({}, handles=(1, 2, 3)), 3, widening=1.0, max_children=2)
     first = {("evaluate", 0): Found(handles=(1, 2))}

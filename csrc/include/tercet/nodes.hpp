@@ -39,9 +39,10 @@ class HotNode {
   // Visits that happened and those that are on their way.
   [[nodiscard]] std::uint32_t expected_visits() const { return visits() + in_flight(); }
   void depart() { counts_ += 1; }
-  void turn_back() { counts_ -= 1; }  // of one that departed
-  void arrive(double value) {         // of one that departed
-    counts_ += (1u << 8) - 1;
+  void turn_back() { counts_ -= 1; }           // of one that departed
+  void arrive() { counts_ += (1u << 8) - 1; }  // of one that departed
+  void arrive(double value) {
+    arrive();
     total += value;
   }
 
@@ -123,6 +124,10 @@ class Nodes {
   // How many children a node with children has.
   [[nodiscard]] std::uint32_t num_children(NodeIndex parent) const;
 
+  // The part of a tree below `root`, `all` being the nodes of the tree, in slabs of its own.
+  // Returns its new root.  Throws as add_root does.
+  NodeIndex copy(std::span<const NodeIndex> all, NodeIndex root, Slabs& slabs);
+
   // Gives a tree's slabs back.
   void release(const Slabs& slabs);
 
@@ -197,6 +202,7 @@ class Nodes {
   NodeIndex add_block(Slabs& slabs, NodeIndex parent, std::span<const std::int64_t> handles);
   std::uint32_t open_slab(Slabs& slabs);  // the next of a tree, empty
   void add_chunk();
+  void copy_node(NodeIndex from, NodeIndex to);
 
   std::size_t max_bytes_;
   Layout layout_;
