@@ -43,6 +43,11 @@ void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
+// The n-th ticket of a tree that brings a value.
+constexpr Ticket nth(std::uint32_t n, tercet::TreeId tree = 0) {
+  return tercet::ticket_of(tree, n, false);
+}
+
 std::uint32_t hash(std::uint32_t x) {
   x = (x ^ x >> 16) * 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;
@@ -135,7 +140,7 @@ struct Plain {
     const std::uint32_t expected = node.visits + node.in_flight;
     if (expected == 0) return std::numeric_limits<double>::infinity();
     const double mean = node.visits == 0 ? 0.0 : node.total / node.visits;
-    return mean + config.c_uct * std::sqrt(log_parent / expected);
+    return mean + config.select.c_uct * std::sqrt(log_parent / expected);
   }
 
   void arrive(std::size_t leaf, double value, bool departed) {
@@ -224,7 +229,7 @@ void check_counters(const Forest& forest, std::size_t in_flight, std::uint64_t f
 void grows_the_plain_trees(unsigned seed) {
   std::mt19937 random(seed);
   ForestConfig config;
-  config.c_uct = seed % 4 == 0 ? 0.2 : 1.4;
+  config.select.c_uct = seed % 4 == 0 ? 0.2 : 1.4;
   config.max_in_flight = seed % 3 == 0 ? 1 : 2 + seed % 7;
   config.visits_per_flight = 1 + seed % 5;
   config.max_attempts = 100;
@@ -288,7 +293,7 @@ Forest with_three_out(ForestConfig config = three_at_once()) {
   root.add(forest.ask(9).ticket.at(0), 0.5, {10, 11, 12, 13, 14});
   forest.tell(root.results());
   CHECK(forest.ask(9).size() == 2);  // 1 + 1 visit
-  tell_one(forest, 1, 0.25, 0);
+  tell_one(forest, nth(1), 0.25, 0);
   CHECK(forest.ask(9).size() == 2);  // 1 + 2 visits
   return forest;                     // 2, 3 and 4 are out
 }
@@ -299,24 +304,24 @@ void leaves_say_where_they_lie() {
   forest.remove_tree(0);
   forest.add_tree(7, 20);
   const Leaves root = forest.ask(9);
-  CHECK(root.size() == 1 && root.ticket[0] == Ticket{1} << 32 && root.tree[0] == 1);
+  CHECK(root.size() == 1 && root.ticket[0] == nth(0, 1) && root.tree[0] == 1);
   CHECK(root.node[0] == 0 && root.depth[0] == 0 && root.handle[0] == 7 && root.attempt[0] == 1);
   Told one;
   one.add(root.ticket[0], 0.5, {10, 11});
   forest.tell(one.results());
   const Leaves next = forest.ask(1);
-  CHECK(next.size() == 1 && next.ticket[0] == (Ticket{1} << 32 | 1) && next.tree[0] == 1);
+  CHECK(next.size() == 1 && next.ticket[0] == nth(1, 1) && next.tree[0] == 1);
   CHECK(next.node[0] == 4 && next.depth[0] == 1 && next.handle[0] == 10);
   CHECK(forest.columns(1).in_flight == (std::vector<std::uint32_t>{1, 1, 0}));
 }
 
 void results_wait_for_older_ones() {
   Forest forest = with_three_out();
-  tell_one(forest, 4, 1.0, 2);
-  tell_one(forest, 3, 1.0, 0);
+  tell_one(forest, nth(4), 1.0, 2);
+  tell_one(forest, nth(3), 1.0, 0);
   CHECK(forest.counters().waiting == 2 && forest.counters().simulations == 2);
   CHECK(forest.columns(0).visits[0] == 2);
-  tell_one(forest, 2, 1.0, 0);  // gives room for a ticket; the others wait for that
+  tell_one(forest, nth(2), 1.0, 0);  // gives room for a ticket; the others wait for that
   CHECK(forest.counters().waiting == 2 && forest.counters().simulations == 3);
   CHECK(forest.counters().evaluations == 3);
 }
@@ -328,7 +333,7 @@ void a_blocked_tree_waits_for_its_leaf() {
   CHECK(forest.ask(9).size() == 1);  // its child
   CHECK(forest.ask(9).size() == 0);  // pending, though two may be out
   CHECK(forest.columns(0).in_flight[0] == 1);
-  tell_one(forest, 1, 0.5, 1);
+  tell_one(forest, nth(1), 0.5, 1);
   CHECK(forest.ask(9).size() == 1);
 }
 
@@ -346,13 +351,13 @@ void an_end_is_visited_again() {
 void failed_leaves_are_handed_out_again_first() {
   Forest forest = with_three_out();
   forest.add_tree(8, 20);
-  const Ticket failed[] = {3, 2};
+  const Ticket failed[] = {nth(3), nth(2)};
   forest.fail(failed);
   CHECK(forest.counters().failures == 2 && forest.counters().in_flight == 1);
   CHECK_THROWS(forest.fail({failed, 1}), BadTicket);
   const Leaves one = forest.ask(1);
-  CHECK(one.ticket == std::vector<Ticket>{3} && one.attempt[0] == 2 && one.handle[0] == 12);
-  CHECK(forest.ask(9).ticket == (std::vector<Ticket>{2, Ticket{1} << 32}));
+  CHECK(one.ticket == std::vector<Ticket>{nth(3)} && one.attempt[0] == 2 && one.handle[0] == 12);
+  CHECK(forest.ask(9).ticket == (std::vector<Ticket>{nth(2), nth(0, 1)}));
   forest.fail({failed, 1});  // 3, for the second and last time
   CHECK(forest.counters().given_up == 1 && forest.counters().waiting == 1);
   forest.fail({failed + 1, 1});
@@ -366,8 +371,8 @@ void a_leaf_that_is_given_up_has_no_children() {
   forest.add_tree(7, 20);
   tell_one(forest, forest.ask(9).ticket.at(0), 0.5, 5);
   CHECK(forest.ask(9).size() == 2);
-  tell_one(forest, 2, 0.5, 3);  // its memory serves a later ticket
-  tell_one(forest, 1, 0.5, 0);
+  tell_one(forest, nth(2), 0.5, 3);  // its memory serves a later ticket
+  tell_one(forest, nth(1), 0.5, 0);
   while (forest.counters().finished == 0) {
     const Leaves leaves = forest.ask(9);
     std::vector<Ticket> newest_first(leaves.ticket.rbegin(), leaves.ticket.rend());
@@ -380,15 +385,15 @@ void removed_trees_take_their_tickets_along() {
   Forest forest = with_three_out();
   forest.add_tree(8, 20);
   CHECK(forest.ask(9).size() == 1);
-  const Ticket failed[] = {2, Ticket{1} << 32};
+  const Ticket failed[] = {nth(2), nth(0, 1)};
   forest.fail(failed);
-  tell_one(forest, 4, 0.5, 2);
+  tell_one(forest, nth(4), 0.5, 2);
   forest.remove_tree(0);
   const Counters counters = forest.counters();
   CHECK(counters.trees == 1 && counters.finished == 0 && counters.nodes == 1);
   CHECK(counters.in_flight == 0 && counters.waiting == 0);
-  CHECK(forest.ask(9).ticket == (std::vector<Ticket>{Ticket{1} << 32}));
-  CHECK_THROWS(tell_one(forest, 3, 0.5, 2), BadTicket);
+  CHECK(forest.ask(9).ticket == (std::vector<Ticket>{nth(0, 1)}));
+  CHECK_THROWS(tell_one(forest, nth(3), 0.5, 2), BadTicket);
   CHECK_THROWS(forest.remove_tree(0), std::out_of_range);
   CHECK_THROWS(forest.columns(2), std::out_of_range);
   CHECK_THROWS((void)forest.is_finished(0), std::out_of_range);
@@ -404,13 +409,13 @@ void removed_trees_make_room() {
   forest.add_tree(1, 20);
   tell_one(forest, forest.ask(9).ticket.at(0), 0.5, 2);
   CHECK(forest.ask(9).size() == 2);
-  tell_one(forest, 2, 0.5, 64);  // its slab is kept free
+  tell_one(forest, nth(2), 0.5, 64);  // its slab is kept free
   for (std::size_t tree = 2; tree < slabs; ++tree) forest.add_tree(1, 5);
   CHECK_THROWS(forest.add_tree(1, 5), std::length_error);
-  CHECK_THROWS(tell_one(forest, 1, 0.5, 1), std::length_error);
+  CHECK_THROWS(tell_one(forest, nth(1), 0.5, 1), std::length_error);
   CHECK(forest.counters().trees == slabs - 1 && forest.counters().in_flight == 1);
   forest.remove_tree(5);
-  tell_one(forest, 1, 0.5, 64);
+  tell_one(forest, nth(1), 0.5, 64);
   CHECK_THROWS(forest.add_tree(1, 5), std::length_error);
   forest.remove_tree(0);
   forest.add_tree(1, 5);
@@ -432,43 +437,44 @@ void bad_tickets_change_nothing() {
   forest.add_tree(8, 20);
   forest.remove_tree(1);
   const std::pair<Ticket, TicketFault> cases[] = {
-      {Ticket{7} << 32, TicketFault::kUnknown},
-      {Ticket{2} << 32, TicketFault::kUnknown},
-      {5, TicketFault::kUnknown},
-      {1, TicketFault::kRepeated},
-      {3, TicketFault::kRepeated} /* twice */,
-      {Ticket{1} << 32, TicketFault::kLate},
-      {0xffffffffu, TicketFault::kUnknown},
+      {nth(0, 7), TicketFault::kUnknown}, {nth(0, 2), TicketFault::kUnknown},
+      {nth(5), TicketFault::kUnknown},    {nth(2) | 1, TicketFault::kUnknown} /* to expand */,
+      {nth(1), TicketFault::kRepeated},   {nth(3), TicketFault::kRepeated} /* twice */,
+      {nth(0, 1), TicketFault::kLate},    {0xffffffffu, TicketFault::kUnknown},
   };
   for (const auto& [bad, fault] : cases) {
-    const std::vector<Ticket> tickets{3, 4, bad};
+    const std::vector<Ticket> tickets{nth(3), nth(4), bad};
     Told all;
     for (const Ticket ticket : tickets) all.add(ticket, 0.0, {1});
     CHECK(fault_of([&] { forest.tell(all.results()); }) == fault);
     CHECK(fault_of([&] { forest.fail(tickets); }) == fault);
+    CHECK(fault_of([&] { forest.cancel(tickets); }) == fault);
     CHECK(forest.counters().in_flight == 3 && forest.counters().waiting == 0);
-    CHECK(forest.counters().failures == 0);
+    CHECK(forest.counters().failures == 0 && forest.counters().cancelled == 0);
   }
+  std::optional<BadTicket> bad;
   try {
-    tell_one(forest, Ticket{7} << 32 | 5, 0.0, 0);
+    tell_one(forest, nth(5, 7), 0.0, 0);
   } catch (const BadTicket& e) {
-    CHECK(e.what() == std::string("Forest: ticket 5 of tree 7 was never issued"));
-    CHECK(e.ticket == (Ticket{7} << 32 | 5));
+    bad = e;
   }
-  tell_one(forest, 3, 0.0, 1);
-  CHECK(fault_of([&] { tell_one(forest, 3, 0.0, 1); }) == TicketFault::kRepeated);
+  CHECK(bad && bad->ticket == nth(5, 7));
+  const std::string said = "Forest: ticket " + std::to_string(nth(5, 7)) + " of tree 7 was never";
+  CHECK(std::string(bad->what()).starts_with(said));
+  tell_one(forest, nth(3), 0.0, 1);
+  CHECK(fault_of([&] { tell_one(forest, nth(3), 0.0, 1); }) == TicketFault::kRepeated);
 }
 
 void results_that_cannot_be_are_refused() {
   Forest forest = with_three_out();
   const double nan = std::numeric_limits<double>::quiet_NaN();
   for (const double value : {nan, 1e301, -1e301, HUGE_VAL}) {
-    CHECK_THROWS(tell_one(forest, 2, value, 1), std::invalid_argument);
+    CHECK_THROWS(tell_one(forest, nth(2), value, 1), std::invalid_argument);
   }
-  CHECK_THROWS(tell_one(forest, 2, 0.0, 65), std::invalid_argument);
+  CHECK_THROWS(tell_one(forest, nth(2), 0.0, 65), std::invalid_argument);
   Told two;
-  two.add(2, 0.0, {1});
-  two.add(3, 0.0, {});
+  two.add(nth(2), 0.0, {1});
+  two.add(nth(3), 0.0, {});
   const auto refuses = [&](const auto& change) {
     Told changed = two;
     change(changed);
@@ -491,14 +497,14 @@ void settings_out_of_range_are_refused() {
     CHECK_THROWS(Forest(config), std::invalid_argument);
   };
   const double infinity = std::numeric_limits<double>::infinity();
-  refuses({.c_uct = -1.0});
-  refuses({.c_uct = infinity});
+  refuses({.select = {.c_uct = -1.0}});
+  refuses({.select = {.c_uct = infinity}});
   refuses({.max_in_flight = 0});
   refuses({.max_in_flight = 256});
   refuses({.visits_per_flight = 0});
   refuses({.max_attempts = 0});
   refuses({.failed_value = infinity});
-  Forest forest({.c_uct = 0.0, .max_in_flight = 255});
+  Forest forest({.select = {.c_uct = 0.0}, .max_in_flight = 255});
   CHECK_THROWS(forest.add_tree(1, 0), std::invalid_argument);
   CHECK_THROWS(forest.add_tree(1, kMaxVisits + 1), std::invalid_argument);
   forest.add_tree(1, kMaxVisits);
@@ -601,8 +607,8 @@ void memory_that_runs_out_changes_nothing_or_is_said_ever_after() {
 void memory_that_runs_out_in_a_refusal_changes_nothing() {
   Forest forest = with_three_out();
   Told both;
-  both.add(3, 0.0, {1});
-  both.add(77, 0.0, {1});
+  both.add(nth(3), 0.0, {1});
+  both.add(nth(77), 0.0, {1});
   int failures = 0;
   for (bool refused = false; !refused; ++failures) {
     std::int64_t allowed = failures;
@@ -615,7 +621,7 @@ void memory_that_runs_out_in_a_refusal_changes_nothing() {
     CHECK(forest.counters().in_flight == 3);
   }
   CHECK(failures > 1);
-  tell_one(forest, 3, 0.0, 1);
+  tell_one(forest, nth(3), 0.0, 1);
 }
 
 }  // namespace
