@@ -3,10 +3,13 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <initializer_list>
+#include <map>
 #include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -16,6 +19,7 @@ using tercet::Forest;
 using tercet::Leaves;
 using tercet::Snapshot;
 using tercet::SnapshotError;
+using tercet::ticket_of;
 
 namespace {
 
@@ -27,9 +31,9 @@ void tell(Forest& forest, std::span<const tercet::Ticket> tickets) {
   std::vector<std::uint32_t> counts(n);
   std::vector<std::int64_t> handles;
   for (std::size_t i = 0; i < n; ++i) {
-    values[i] = static_cast<double>(tickets[i] % 13);
-    counts[i] = static_cast<std::uint32_t>(tickets[i] % 5);
-    handles.resize(handles.size() + counts[i], static_cast<std::int64_t>(tickets[i]));
+    values[i] = static_cast<double>(tickets[i] / 2 % 13);
+    counts[i] = static_cast<std::uint32_t>(tickets[i] / 2 % 5);
+    handles.resize(handles.size() + counts[i], static_cast<std::int64_t>(tickets[i] / 2));
   }
   forest.tell({tickets, values, counts, handles});
 }
@@ -117,7 +121,8 @@ tercet::Bytes small() {
   Forest forest(config);
   forest.add_tree(7, 20);
   const std::vector<std::int64_t> handles{10, 11, 12, 13, 14};
-  const auto tell_one = [&](tercet::Ticket ticket, std::uint32_t children) {
+  const auto tell_one = [&](std::uint32_t n, std::uint32_t children) {
+    const tercet::Ticket ticket = ticket_of(0, n, false);
     const double value = 0.5;
     forest.tell({{&ticket, 1}, {&value, 1}, {&children, 1}, std::span(handles).first(children)});
   };
@@ -127,7 +132,7 @@ tercet::Bytes small() {
   ask(2);
   tell_one(1, 0);
   ask(2);
-  const tercet::Ticket failed = 3;
+  const tercet::Ticket failed = ticket_of(0, 3, false);
   forest.fail({&failed, 1});
   tell_one(4, 2);
   for (int tree = 1; tree < 3; ++tree) forest.add_tree(8, 20);
@@ -135,23 +140,167 @@ tercet::Bytes small() {
   return Snapshot::of(forest);
 }
 
-// Where things lie in it.
-namespace at {
-constexpr std::size_t kConfig = kHeader, kMaxAttempts = kConfig + 16, kTrees = kConfig + 68;
-constexpr std::size_t kTree = kTrees + 8, kSimulations = kTree + 1, kBegun = kTree + 5;
-constexpr std::size_t kCommitted = kTree + 9, kOldest = kTree + 13, kBlocked = kTree + 17;
-constexpr std::size_t kNumEnds = kTree + 18, kEnds = kNumEnds + 8, kNumSlabs = kEnds + 8;
-constexpr std::size_t kUsed = kNumSlabs + 4, kHot = kUsed + 4, kParents = kHot + 12 * (16 + 8);
-constexpr std::size_t kNumPending = kParents + 12, kPending = kNumPending + 8;
-constexpr std::size_t kTicket = 25;  // size of one without children: leaf, handles, value, ...
-constexpr std::size_t kTold = kPending + 2 * kTicket;
-constexpr std::size_t kNextTree = kTold + kTicket + 16;
-constexpr std::size_t kFailed = 16, kReady = 28;  // before the end
+// Where everything lies in a snapshot, by names as "0.simulations", "0.total.5" (of node 5 of tree
+// 0) and "0.pending.2.value": the format of the search core's snapshots, written a second time.
+class Map {
+ public:
+  explicit Map(const tercet::Bytes& bytes) : bytes_(bytes) {
+    config();
+    const auto trees = count("trees");
+    for (std::uint64_t tree = 0; tree < trees; ++tree) this->tree(std::to_string(tree) + ".");
+    list("ready", 4);
+    list("again", 8);
+    CHECK(at_ == bytes.size());
+  }
 
-constexpr std::size_t total(std::size_t node) { return kHot + 16 * node; }
-constexpr std::size_t counts(std::size_t node) { return total(node) + 8; }
-constexpr std::size_t link(std::size_t node) { return total(node) + 12; }
-}  // namespace at
+  std::size_t operator[](const std::string& name) const {
+    if (!places_.contains(name)) std::fprintf(stderr, "no %s\n", name.c_str());
+    return places_.at(name);
+  }
+
+ private:
+  template <typename T>
+  T one(const std::string& name) {
+    T value;
+    CHECK(at_ + sizeof(T) <= bytes_.size());
+    std::memcpy(&value, bytes_.data() + at_, sizeof(T));
+    skip(name, sizeof(T));
+    return value;
+  }
+  std::uint64_t count(const std::string& name) { return one<std::uint64_t>(name); }
+  void skip(const std::string& name, std::size_t size) {
+    places_[name] = at_;
+    at_ += size;
+  }
+  std::uint64_t list(const std::string& name, std::size_t size) {
+    const auto n = count(name);
+    for (std::uint64_t i = 0; i < n; ++i) skip(name + "." + std::to_string(i), size);
+    return n;
+  }
+  void doubles(const std::string& prefix, std::initializer_list<const char*> names) {
+    for (const char* name : names) skip(prefix + name, 8);
+  }
+
+  void config() {
+    const auto how = [&](const char* name) { return one<std::uint8_t>(name); };
+    skip("rule", 1);
+    doubles("", {"c_uct", "c_base", "c_init"});
+    skip("first_play", 1);
+    doubles("", {"first_play_value"});
+    skip("min_max", 1);
+    skip("unfinished", 1);
+    doubles("", {"virtual_loss"});
+    skip("gumbel_considered", 4);
+    doubles("", {"gumbel_value_scale", "gumbel_maxvisit_init", "dirichlet_alpha", "fraction"});
+    has_priors_ = bytes_[places_["rule"]] >= 2 || bytes_[places_["first_play"]] >= 2;
+    skip("backup", 1);
+    doubles("", {"gamma"});
+    skip("form", 1);
+    doubles("", {"outcome_weight", "step_decay", "truncated_outcome"});
+    skip("add_start_verdict", 1);
+    skip("stop_positives", 4);
+    skip("stop_negatives", 4);
+    skip("stop_correct", 1);
+    skip("stop_converged", 1);
+    budget("budget.");
+    skip("dual_target", 1);
+    const bool widens = one<double>("widening") > 0.0;
+    doubles("", {"widening_alpha"});
+    for (const char* name : {"max_children"}) skip(name, 4);
+    skip("solver", 1);
+    skip("merge_duplicates", 1);
+    const bool apart = how("tickets") > 0;
+    has_cold_ = apart || widens || bytes_[places_["rule"]] == 3;
+    for (const char* name :
+         {"max_in_flight", "visits_per_flight", "max_unverified", "max_attempts"}) {
+      skip(name, 4);
+    }
+    doubles("", {"failed_value", "max_bytes"});
+    channels_ = list("channels", 10);
+    for (int counter = 0; counter < 9; ++counter) skip("counter." + std::to_string(counter), 8);
+    cost("spent.");
+  }
+  void budget(const std::string& of) {
+    doubles(of, {"evaluations", "nodes"});
+    cost(of);
+  }
+  void cost(const std::string& of) {
+    doubles(of, {"model_calls", "tokens", "tool_calls", "seconds"});
+  }
+
+  void tree(const std::string& of) {
+    if (one<std::uint8_t>(of + "alive") == 0) return;
+    for (const char* name : {"simulations", "begun", "committed"}) skip(of + name, 4);
+    skip(of + "stopped", 1);
+    skip(of + "blocked", 1);
+    for (const char* name : {"oldest", "oldest_expand"}) skip(of + name, 4);
+    skip(of + "seed", 8);
+    budget(of + "budget.");
+    cost(of + "spent.");
+    for (const char* name : {"evaluations", "positives", "negatives"}) skip(of + name, 4);
+    doubles(of, {"low", "high"});
+    const auto ends = count(of + "ends");
+    for (std::uint64_t i = 0; i < ends; ++i) {
+      const std::string end = of + "end." + std::to_string(i);
+      skip(end, 8);
+      list(end + ".channels", 8);
+    }
+    const auto slabs = one<std::uint32_t>(of + "slabs");
+    for (std::uint32_t slab = 0; slab < slabs; ++slab) this->slab(of, 64 * slab);
+    for (const char* queue : {"pending", "expanding"}) {
+      const auto size = count(of + queue);
+      for (std::uint64_t i = 0; i < size; ++i) pending(of + queue + "." + std::to_string(i) + ".");
+    }
+  }
+
+  void slab(const std::string& of, std::uint32_t first) {
+    const auto used = one<std::uint32_t>(of + "used." + std::to_string(first / 64));
+    const auto column = [&](const char* name, std::size_t size, std::uint32_t step = 1) {
+      for (std::uint32_t i = 0; i < used; i += step) {
+        skip(of + name + "." + std::to_string(first + i), size);
+      }
+    };
+    for (std::uint32_t i = first; i < first + used; ++i) {
+      skip(of + "total." + std::to_string(i), 8);
+      skip(of + "counts." + std::to_string(i), 4);
+      skip(of + "link." + std::to_string(i), 4);
+    }
+    column("parent", 4, 4);
+    column("handle", 8);
+    column("channels", 8 * channels_);
+    if (has_priors_) column("prior", 4);
+    if (!has_cold_) return;
+    for (std::uint32_t i = first; i < first + used; ++i) {
+      skip(of + "own." + std::to_string(i), 8);
+      skip(of + "verdict." + std::to_string(i), 4);
+      skip(of + "full." + std::to_string(i), 1);
+    }
+  }
+
+  void pending(const std::string& of) {
+    skip(of + "leaf", 4);
+    list(of + "handles", 8);
+    skip(of + "value", 8);
+    skip(of + "attempts", 4);
+    skip(of + "state", 1);
+    if (one<std::uint8_t>(of + "details") == 0) return;
+    list(of + "priors", 4);
+    list(of + "terminal", 1);
+    list(of + "channels", 8);
+    list(of + "verdicts", 8);
+    skip(of + "outcome", 8);
+    cost(of + "cost.");
+    if (one<std::uint8_t>(of + "has_steps") != 0) skip(of + "steps", 4);
+    if (one<std::uint8_t>(of + "has_start") != 0) skip(of + "start", 8);
+  }
+
+  const tercet::Bytes& bytes_;
+  std::size_t at_{kHeader};
+  std::uint64_t channels_{0};
+  bool has_priors_{false};
+  bool has_cold_{false};
+  std::map<std::string, std::size_t> places_;
+};
 
 template <typename T>
 T read(const tercet::Bytes& bytes, std::size_t where) {
@@ -188,93 +337,153 @@ bool refused(tercet::Bytes bytes, const std::vector<Change>& changes, const std:
   return false;
 }
 
-void contradictions_are_refused() {
-  using u8 = std::uint8_t;
-  using u32 = std::uint32_t;
-  using u64 = std::uint64_t;
-  const tercet::Bytes bytes = small();
-  const std::size_t size = bytes.size();
-  CHECK(read<u64>(bytes, at::kTrees) == 3 && read<u32>(bytes, at::kUsed) == 12);
-  CHECK(read<u64>(bytes, at::kNumPending) == 3 && read<u32>(bytes, at::kTold) == 7);
-  CHECK(read<u64>(bytes, size - at::kFailed) == 1 && read<u64>(bytes, size - at::kReady) == 1);
-  const u32 last = 1, pending = 2, end = 1u << 31, visit = 1u << 8;
-  const double nan = std::nan("");
-  const double great = 1.1 * tercet::kMaxValue;
-  const auto refuses = [&](const std::vector<Change>& changes, const std::string& why) {
-    CHECK(refused(bytes, changes, why));
-  };
+// Changes at places by name; what they refuse.
+class Case {
+ public:
+  explicit Case(tercet::Bytes bytes) : bytes_(std::move(bytes)), map_(bytes_) {}
 
-  refuses({{at::kConfig, -1.0}}, "a setting");
-  refuses({{at::kTrees, u64{1} << 40}}, "too many trees");
-  refuses({{at::kNumEnds, u64{1} << 61}}, "a list is too long");
-  refuses({{at::kEnds, great}}, "a value is out of its range");
-  refuses({{at::kEnds, nan}}, "a value is out of its range");
-  const std::string counts = "the counts of a tree";
-  refuses({{at::kSimulations, u32{0}},
-           {at::kBegun, u32{0}},
-           {at::kCommitted, u32{0}},
-           {at::kOldest, u32{0}}},
-          counts);
-  refuses({{at::kSimulations, tercet::kMaxVisits + 1}}, counts);
-  refuses({{at::kSimulations, u32{4}}}, counts);
-  refuses({{at::kBegun, u32{1}}}, counts);
-  refuses({{at::kOldest, u32{3}}}, counts);
-
-  refuses({{at::kNumSlabs, u32{0}}}, "outside its tree");
-  for (const u32 used : {0u, 10u, 68u}) refuses({{at::kUsed, used}}, "the size of a slab");
-  refuses({{at::total(5), 1.01 * tercet::kMaxValue * tercet::kMaxVisits}}, "out of its range");
-  refuses({{at::total(5), nan}}, "out of its range");
-  refuses({{at::link(8), u32{0}}}, "has no end");
-  refuses({{at::link(0), 68u << 1 | last}}, "outside its tree");
-  refuses({{at::link(0), 16u << 1 | last}}, "outside its tree");
-  refuses({{at::link(4), end | 1u << 3}}, "an end has no value");
-  refuses({{at::counts(4), u32{0}}}, "the counts of a leaf");
-  refuses({{at::counts(8), visit | 0u}}, "the counts of a leaf");
-  refuses({{at::counts(8), 1u}}, "the counts of a leaf");
-  refuses({{at::link(8), pending | last}}, "the counts of a leaf");
-  refuses({{at::link(9), last}}, "a node of no block");
-  refuses({{at::link(10), pending}}, "a node of no block");
-  refuses({{at::counts(11), 1u}}, "a node of no block");
-  refuses({{at::kParents + 8, u32{4}}}, "siblings have two parents");
-  refuses({{at::kParents + 4, u32{64}}}, "outside its tree");
-  refuses({{at::kParents, u32{4}}}, "the counts of a root");
-  refuses({{at::link(0), 8u << 1}, {at::link(1), last}}, "the counts of a root");
-  refuses({{at::kCommitted, u32{3}}, {at::kBegun, u32{6}}}, "the counts of a root");
-  refuses({{at::kBegun, u32{6}}}, "the counts of a root");
-  const std::string child = "not its parent's child";
-  refuses({{at::kParents + 4, u32{4}}, {at::kParents + 8, u32{4}}}, child);  // of itself
-  refuses({{at::link(0), 12u << 1 | last}}, child);
-  refuses({{at::kParents + 4, u32{1}}, {at::kParents + 8, u32{1}}}, child);
-  refuses({{at::counts(0), 3 * visit | 3}, {at::kCommitted, u32{3}}, {at::kBegun, u32{6}}},
-          "the counts of children");
-  refuses({{at::counts(0), 2 * visit | 4}, {at::kBegun, u32{6}}}, "the counts of children");
-  refuses({{at::link(8), 8u << 1 | last}}, "children are missing");
-
-  refuses({{at::kNumPending, u64{2}}}, "the number of tickets");
-  refuses({{at::kConfig + 8, u32{2}}}, "the number of tickets");
-  refuses({{at::kPending, u32{8}}}, "a ticket's leaf does not wait");
-  refuses({{at::kPending, u32{64}}}, "outside its tree");
-  refuses({{at::kPending, u32{6}}}, "two tickets have one leaf");
-  refuses({{at::kTold + 12 + 16, great}}, "what was told");
-  refuses({{at::kTold + 12 + 16, nan}}, "what was told");
-  refuses({{at::kPending + 20, u32{0}}}, "what was told");
-  refuses({{at::kPending + 20, read<u32>(bytes, at::kMaxAttempts) + 1}}, "what was told");
-  for (const u8 state : {1, 4}) refuses({{at::kPending + 24, state}}, "the state of a ticket");
-  refuses({{at::kPending + 24, u8{3}}}, "waits for what was told");
-  refuses({{at::kBlocked, u8{1}}, {at::kConfig + 8, u32{4}}, {at::kPending + 24, u8{3}}},
-          "waits for what was told");
-  refuses({{at::kNextTree + 17, u8{1}}}, "a tree waits for nothing");
-
-  const std::size_t ready = size - at::kFailed - 4, failed = size - 8;
-  for (const u32 id : {0u, 2u, 3u}) {
-    refuses({{ready, id}}, id == 0 ? "a tree is forgotten" : "a queue names no tree");
+  template <typename T>
+  [[nodiscard]] T get(const std::string& name) const {
+    return read<T>(bytes_, map_[name]);
   }
-  refuses({{failed, u64{3} << 32}}, "a queue names no tree");
-  refuses({{failed, u64{2} << 32}}, "a queue names no tree");
-  refuses({{failed, u64{0}}}, "names no ticket");
-  refuses({{failed, u64{2}}}, "names no ticket");
-  for (u64 ticket = 5; ticket < 12; ++ticket) refuses({{failed, ticket}}, "names no ticket");
-  refuses({{at::kPending + 24, u8{2}}}, "a failed ticket is forgotten");
+  template <typename T>
+  [[nodiscard]] Change set(const std::string& name, T value) const {
+    return {map_[name], value};
+  }
+  void refuses(const std::vector<Change>& changes, const std::string& why) const {
+    CHECK(refused(bytes_, changes, why));
+  }
+  template <typename T>
+  void refuses(const std::string& name, T value, const std::string& why) const {
+    CHECK(refused(bytes_, {set(name, value)}, why));
+  }
+  // One more element, at the head of a list.
+  template <typename T>
+  void refuses_more(const std::string& list, T value, const std::string& why) const {
+    tercet::Bytes longer = bytes_;
+    const std::uint64_t more = get<std::uint64_t>(list) + 1;
+    std::memcpy(longer.data() + map_[list], &more, sizeof(more));
+    const auto* raw = reinterpret_cast<const std::uint8_t*>(&value);
+    const auto head = longer.begin() + static_cast<std::ptrdiff_t>(map_[list] + 8);
+    longer.insert(head, raw, raw + sizeof(value));
+    CHECK(refused(longer, {}, why));
+  }
+
+ private:
+  tercet::Bytes bytes_;
+  Map map_;
+};
+
+using u8 = std::uint8_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+
+constexpr u32 kLast = 1, kAsked = 2, kClosed = 4, kEnd = 1u << 31, kVisit = 1u << 8;
+constexpr double kGreat = 1.1 * tercet::kMaxValue;
+const double kNan = std::nan("");
+
+constexpr u32 link_to(u32 first_child) { return (first_child + 4) << 1; }
+
+void contradictions_are_refused() {
+  const Case c(small());
+  CHECK(c.get<u64>("trees") == 3 && c.get<u32>("0.used.0") == 12);
+  CHECK(c.get<u64>("0.pending") == 3 && c.get<u32>("0.pending.2.leaf") == 7);
+  CHECK(c.get<u64>("again") == 1 && c.get<u64>("ready") == 1);
+  CHECK(c.get<u32>("0.link.0") == (link_to(4) | kLast));
+
+  for (const double bad : {-1.0, kNan}) c.refuses("c_uct", bad, "a setting");
+  c.refuses("rule", u8{4}, "a choice is not one of its names");
+  c.refuses("tickets", u8{3}, "a choice is not one of its names");
+  c.refuses("0.stopped", u8{7}, "a choice is not one of its names");
+  c.refuses("trees", u64{1} << 40, "a list is too long");
+  c.refuses("channels", u64{1} << 40, "a list is too long");
+  c.refuses("0.ends", u64{1} << 61, "a list is too long");
+  c.refuses("0.end.0", kGreat, "a value is out of its range");
+  c.refuses("0.end.0", kNan, "an end has no value");
+  c.refuses_more("0.end.0.channels", 0.5, "the channels of a value");
+  const std::string counts = "the counts of a tree";
+  c.refuses({c.set("1.simulations", u32{0})}, counts);
+  c.refuses("0.simulations", tercet::kMaxVisits + 1, counts);
+  c.refuses("0.simulations", u32{4}, counts);
+  c.refuses("0.begun", u32{1}, counts);
+  c.refuses("0.budget.tokens", 0.0, "a setting");
+  c.refuses("budget.tokens", -1.0, "a setting");
+  for (const double bad : {-1.0, kNan}) c.refuses("0.spent.tool_calls", bad, "the cost of a tree");
+  for (const double bad : {-1.0, kNan}) c.refuses("spent.seconds", bad, "the cost of a forest");
+  for (const char* bound : {"0.low", "0.high"}) c.refuses(bound, kNan, "the bounds of a tree");
+
+  c.refuses("0.slabs", u32{0}, "outside its tree");
+  for (const u32 used : {0u, 10u, 68u}) c.refuses("0.used.0", used, "the size of a slab");
+  c.refuses("0.total.5", 1.01 * tercet::kMaxValue * tercet::kMaxVisits, "out of its range");
+  c.refuses("0.total.5", kNan, "out of its range");
+  c.refuses("0.link.8", u32{0}, "has no end");
+  c.refuses("0.link.0", link_to(68) | kLast, "outside its tree");
+  c.refuses("0.link.0", link_to(16) | kLast, "outside its tree");
+  c.refuses("0.link.4", kEnd | 1u << 3, "an end has no value");
+  c.refuses("0.link.4", u32{0}, "the counts of a leaf");
+  c.refuses("0.counts.8", kVisit, "the counts of a leaf");
+  c.refuses("0.link.9", kLast, "a node of no block");
+  c.refuses("0.link.10", kAsked, "a node of no block");
+  c.refuses("0.link.10", kClosed, "a node of no block");
+  c.refuses("0.link.10", link_to(4), "a node of no block");
+  for (const u32 one : {1u, kVisit}) c.refuses("0.counts.11", one, "a node of no block");
+  c.refuses("0.parent.8", u32{4}, "siblings have two parents");
+  c.refuses("0.parent.4", u32{64}, "outside its tree");
+  c.refuses("0.parent.0", u32{4}, "the counts of a root");
+  c.refuses({c.set("0.link.0", link_to(4)), c.set("0.link.1", kLast)}, "too many children");
+  c.refuses("max_children", u32{4}, "too many children");
+  c.refuses({c.set("0.committed", u32{3}), c.set("0.begun", u32{6})}, "the counts of a root");
+  const std::string child = "not its parent's child";
+  c.refuses({c.set("0.parent.4", u32{4}), c.set("0.parent.8", u32{4})}, child);  // of itself
+  c.refuses("0.link.0", link_to(8) | kLast, child);
+  c.refuses({c.set("0.parent.4", u32{1}), c.set("0.parent.8", u32{1})}, child);
+  c.refuses(
+      {c.set("0.counts.0", 3 * kVisit | 3), c.set("0.committed", u32{3}), c.set("0.begun", u32{6})},
+      "the counts of children");
+  c.refuses({c.set("0.counts.0", u32{3}), c.set("0.committed", u32{0}), c.set("0.begun", u32{3})},
+            "the counts of children");
+  c.refuses("0.link.8", link_to(4) | kLast, "children are missing");
+
+  const std::string flights = "the counts of visits on their way";
+  c.refuses("0.counts.8", 1u, flights);
+  c.refuses("0.counts.5", 0u, flights);
+  c.refuses("0.counts.0", 2 * kVisit | 4, flights);
+  c.refuses("0.link.8", kAsked | kLast, "a leaf waits for no ticket");
+  c.refuses("0.link.0", link_to(4) | kAsked | kLast, "a leaf waits for no ticket");
+  for (const char* node : {"0.link.5", "0.link.4"}) {  // an open one, and an end
+    c.refuses(node, c.get<u32>(node) | kClosed, "what is known of a node");
+  }
+
+  c.refuses("0.begun", u32{6}, "the number of tickets");
+  c.refuses("0.pending", u64{2}, "the number of tickets");
+  c.refuses("max_in_flight", u32{2}, "the number of tickets");
+  c.refuses("0.pending.0.leaf", u32{8}, "a ticket's leaf does not wait");
+  c.refuses("0.pending.0.leaf", u32{4}, "a ticket's leaf does not wait");  // an end
+  c.refuses("0.pending.0.leaf", u32{64}, "outside its tree");
+  c.refuses("0.pending.0.leaf", u32{6}, "two tickets have one leaf");
+  for (const double bad : {kGreat, kNan}) c.refuses("0.pending.2.value", bad, "what was told");
+  c.refuses("0.pending.0.attempts", u32{0}, "what was told");
+  c.refuses("0.pending.0.attempts", c.get<u32>("max_attempts") + 1, "what was told");
+  c.refuses("0.pending.0.state", u8{1}, "the state of a ticket");
+  c.refuses("0.pending.0.state", u8{5}, "a choice is not one of its names");
+  const std::string waits = "waits for what was told";
+  for (const u8 state : {3, 4}) {  // told, cancelled
+    c.refuses("0.pending.0.state", state, waits);
+    c.refuses({c.set("0.blocked", u8{1}), c.set("max_in_flight", u32{4}),
+               c.set("0.pending.0.state", state)},
+              waits);
+  }
+  c.refuses("1.blocked", u8{1}, "a tree waits for nothing");
+
+  for (const u32 id : {0u, 2u, 3u}) {
+    c.refuses("ready.0", id, id == 0 ? "a tree is forgotten" : "a queue names no tree");
+  }
+  c.refuses("again.0", ticket_of(3, 0, false), "a queue names no tree");
+  c.refuses("again.0", ticket_of(2, 0, false), "a queue names no tree");
+  for (u64 ticket = 0; ticket < 24; ++ticket) {
+    if (ticket != ticket_of(0, 3, false)) c.refuses("again.0", ticket, "names no ticket");
+  }
+  c.refuses("0.pending.0.state", u8{2}, "again is forgotten");
 }
 
 // A root, its child and a child of that, where the last two have changed places.
@@ -288,43 +497,29 @@ void children_before_their_parents_are_refused() {
     const Leaves leaves = forest.ask(1);
     forest.tell({leaves.ticket, {&value, 1}, {&one, 1}, {&handle, 1}});
   }
-  const tercet::Bytes bytes = Snapshot::of(forest);
-  const std::size_t hot = at::kHot - 8, parents = at::kParents - 8;  // there are no ends
-  CHECK(read<std::uint32_t>(bytes, hot + 12) == (8u << 1 | 1));
-  CHECK(read<std::uint32_t>(bytes, hot + 4 * 16 + 12) == (12u << 1 | 1));
-  CHECK(refused(bytes,
-                {{hot + 12, 12u << 1 | 1},
-                 {hot + 4 * 16, 0.0},
-                 {hot + 4 * 16 + 8, 0u},
-                 {hot + 4 * 16 + 12, 1u},
-                 {hot + 8 * 16, 0.5},
-                 {hot + 8 * 16 + 8, 1u << 8},
-                 {hot + 8 * 16 + 12, 8u << 1 | 1},
-                 {parents + 4, 8u},
-                 {parents + 8, 0u}},
-                "not its parent's child"));
+  const Case c(Snapshot::of(forest));
+  CHECK(c.get<u32>("0.link.0") == (link_to(4) | kLast));
+  CHECK(c.get<u32>("0.link.4") == (link_to(8) | kLast));
+  c.refuses(
+      {c.set("0.link.0", link_to(8) | kLast), c.set("0.total.4", 0.0), c.set("0.counts.4", 0u),
+       c.set("0.link.4", kLast), c.set("0.total.8", 0.5), c.set("0.counts.8", kVisit),
+       c.set("0.link.8", link_to(4) | kLast), c.set("0.parent.4", 8u), c.set("0.parent.8", 0u)},
+      "not its parent's child");
 }
 
 void lists_of_the_wrong_length_are_refused() {
-  const auto longer = [](std::size_t count, auto value) {
-    tercet::Bytes bytes = small();
-    const std::size_t where = bytes.size() - count;
-    const std::uint64_t two = 2;
-    std::memcpy(bytes.data() + where, &two, sizeof(two));
-    const auto* raw = reinterpret_cast<const std::uint8_t*>(&value);
-    bytes.insert(bytes.begin() + static_cast<std::ptrdiff_t>(where + 8), raw, raw + sizeof(value));
-    return bytes;
-  };
-  CHECK(refused(longer(at::kReady, std::uint32_t{1}), {}, "or one twice"));
-  CHECK(refused(longer(at::kFailed, std::uint64_t{3}), {}, "or a ticket twice"));
+  const Case c(small());
+  c.refuses_more("ready", u32{1}, "or one twice");
+  c.refuses_more("again", ticket_of(0, 3, false), "or a ticket twice");
   tercet::Bytes bytes = small();
   bytes.push_back(0);
   CHECK(refused(bytes, {}, "something follows its end"));
   bytes = small();
+  const Map map(bytes);
   const std::uint64_t many = 65;
-  std::memcpy(bytes.data() + at::kTold + 4, &many, sizeof(many));
-  const auto handles = bytes.begin() + static_cast<std::ptrdiff_t>(at::kTold + 12);
-  bytes.insert(handles, 63 * 8, 0);
+  std::memcpy(bytes.data() + map["0.pending.2.handles"], &many, sizeof(many));
+  const auto handles = static_cast<std::ptrdiff_t>(map["0.pending.2.handles"] + 8);
+  bytes.insert(bytes.begin() + handles, 63 * 8, 0);
   CHECK(refused(bytes, {}, "what was told"));
 }
 
@@ -355,7 +550,7 @@ void headers_that_do_not_fit_are_refused() {
 void too_little_room_is_said() {
   tercet::Bytes bytes = small();
   const std::uint64_t max_bytes = 100;
-  std::memcpy(bytes.data() + at::kConfig + 28, &max_bytes, sizeof(max_bytes));
+  std::memcpy(bytes.data() + Map(bytes)["max_bytes"], &max_bytes, sizeof(max_bytes));
   reseal(bytes);
   CHECK_THROWS(Snapshot::restore(bytes), std::length_error);
 }
@@ -382,23 +577,23 @@ void room_for_what_waits_is_kept() {
     into.tell({{&ticket, 1}, {&value, 1}, {&children, 1}, std::span(handles).first(children)});
   };
   CHECK(forest.ask(9).size() == 1);
-  tell_one(forest, 0, 2);
+  tell_one(forest, ticket_of(0, 0, false), 2);
   CHECK(forest.ask(9).size() == 2);
-  tell_one(forest, 2, 64);
+  tell_one(forest, ticket_of(0, 2, false), 64);
   for (std::size_t tree = 2; tree < kSlabs; ++tree) forest.add_tree(1, 5);
   Forest again = Snapshot::restore(Snapshot::of(forest));
   CHECK_THROWS(again.add_tree(1, 5), std::length_error);
-  tell_one(again, 1, 0);
+  tell_one(again, ticket_of(0, 1, false), 0);
   CHECK(again.ask(1).size() == 1 && again.counters().waiting == 1);
   config.max_bytes *= 2;
   tercet::Bytes bytes = Snapshot::of(forest);
-  std::memcpy(bytes.data() + at::kConfig + 28, &config.max_bytes, sizeof(config.max_bytes));
+  std::memcpy(bytes.data() + Map(bytes)["max_bytes"], &config.max_bytes, sizeof(config.max_bytes));
   reseal(bytes);
   forest = Snapshot::restore(bytes);
   forest.add_tree(1, 5);
   config.max_bytes /= 2;  // now without room for what waits
   bytes = Snapshot::of(forest);
-  std::memcpy(bytes.data() + at::kConfig + 28, &config.max_bytes, sizeof(config.max_bytes));
+  std::memcpy(bytes.data() + Map(bytes)["max_bytes"], &config.max_bytes, sizeof(config.max_bytes));
   reseal(bytes);
   CHECK_THROWS(Snapshot::restore(bytes), std::length_error);
 }
