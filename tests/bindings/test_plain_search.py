@@ -67,6 +67,16 @@ def test_gamma_noise_has_the_moments_of_gamma(alpha):
     assert draws.var() == pytest.approx(alpha, rel=0.2)
 
 
+def test_gamma_noise_is_a_cubed_normal_where_the_first_try_counts():
+    d, first = 4.0 - 1 / 3, 0
+    for i in range(50):
+        u = [plain.uniform((3, 4), draw=k, node=i, stream=2) for k in range(2)]
+        normal = math.sqrt(-2 * math.log(u[0])) * math.cos(2 * math.pi * u[1])
+        cube = d * (1 + normal / (3 * math.sqrt(d))) ** 3
+        first += plain.gamma_noise((3, 4), i, 4.0) == pytest.approx(cube, rel=1e-12)
+    assert first >= 45  # more than 99 of 100 are accepted
+
+
 def test_dirichlet_noise_sums_to_one_and_is_even_where_all_vanish():
     noise = plain.dirichlet((1, 1), 5, 0.3)
     assert sum(noise) == pytest.approx(1)
@@ -305,6 +315,17 @@ def test_gumbel_without_a_considered_child_takes_the_least_visited_open_one():
     chooser.children[3].closed = True
     assert plain.considered_visits(4, 99)[26] == 6
     assert chosen(chooser) == 1
+
+
+def test_gumbel_follows_the_table_of_all_simulations_but_the_roots_own():
+    visits = (2, 2, 1, 1)
+    assert plain.considered_visits(4, 15)[6] == 2
+    assert plain.considered_visits(4, 17)[6] == 1
+    children = [(0.0, n, 0, 0.25) for n in visits]
+    assert chosen(family(children, rule="gumbel", simulations=16)) in (0, 1)
+    assert chosen(family(children, rule="gumbel", simulations=18)) in (2, 3)
+    # Past its end the last entry stays: here 0, which no child has.
+    assert chosen(family(children, rule="gumbel", simulations=3)) == 2
 
 
 def test_gumbel_scores_of_impossible_children_are_the_least():
@@ -754,6 +775,13 @@ def test_a_tree_stops_when_a_budget_is_spent(budget, committed):
     look = scripted({}, **EVERYONE, cost=(1.0, 10.0, 0.5, 0.25))
     tree = grown(look, 30, budgets=plain.Budgets(**budget))
     assert (tree.reason, tree.committed) == ("budget", committed)
+
+
+def test_a_tree_is_not_finished_while_a_ticket_is_out():
+    tree = PlainTree(scripted({}), 0, 1)
+    assert [(tree.step(), tree.begun, tree.finished, tree.reason) for _ in range(3)] == [
+        (True, 1, False, ""), (True, 1, True, "simulations"), (False, 1, True, "simulations"),
+    ]  # fmt: skip
 
 
 def test_what_is_out_when_a_tree_stops_is_still_committed():
