@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lines import RESULTS, emit_case
@@ -56,7 +57,7 @@ def look(handles: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return values, np.where(ends, 0, CHILDREN).astype(np.uint32), children.astype(np.int64).ravel()
 
 
-def grow(trees: int, simulations: int, options: dict[str, int]) -> tuple[Forest, float]:
+def grow(trees: int, simulations: int, options: dict[str, Any]) -> tuple[Forest, float]:
     """The finished forest, and CPU seconds of ask and tell."""
     forest, clock = Forest(**options), time.process_time
     for tree in range(trees):

@@ -191,7 +191,7 @@ def test_an_end_is_visited_again_without_being_asked_about():
 
 def test_a_failed_evaluation_is_asked_for_again_and_changes_nothing():
     world, rng = World(ends=0.1), random.Random(5)
-    options = {"max_in_flight": 4, "visits_per_flight": 1}
+    options: dict[str, Any] = {"max_in_flight": 4, "visits_per_flight": 1}
     forest = Forest(max_attempts=4, **options)
     trees = [forest.add_tree(root, 40) for root in (3, 4)]
     failures = 0

@@ -25,12 +25,10 @@ KINDS = ("evaluate", "expand", "verify")
 
 
 def forest_of(settings: Any) -> Forest:
-    chosen = dict(vars(settings))
+    chosen: dict[str, Any] = dict(vars(settings))
     reward = vars(chosen["reward"])
-    return Forest(
-        **chosen
-        | {"reward": RewardConfig(**reward | {"form": getattr(RewardForm, reward["form"])})}
-    )
+    chosen["reward"] = RewardConfig(**reward | {"form": getattr(RewardForm, reward["form"])})
+    return Forest(**chosen)
 
 
 def add(forest: Forest, tree: Any) -> int:

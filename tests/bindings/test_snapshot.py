@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tercet import Forest, SnapshotError
 
-OPTIONS = {"max_in_flight": 5, "visits_per_flight": 2, "max_attempts": 3}
+OPTIONS: dict[str, Any] = {"max_in_flight": 5, "visits_per_flight": 2, "max_attempts": 3}
 HEADER = struct.Struct("<8sQQQ")
 
 
