@@ -539,7 +539,7 @@ def test_apart_either_ticket_can_be_cancelled():
 
 
 def test_a_ticket_is_given_up_after_max_attempts():
-    bad = Found(fails=2, value=9.0, handles=(7,), outcome=1.0)
+    bad = Found(fails=2, value=9.0, handles=(7,), outcome=1.0, cost=(1.0, 2.0, 3.0, 4.0))
     root = Found(handles=(1, 2), value=0.5)
     for attempts, value in [(2, -0.25), (3, 9.0)]:
         tree = grown(
@@ -550,6 +550,7 @@ def test_a_ticket_is_given_up_after_max_attempts():
         assert node.own == node.total == value
         assert node.terminal == (attempts == 2)
         assert tree.positives == (attempts == 3)
+        assert tree.costs == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_widening_asks_for_children_as_visits_grow():
