@@ -56,6 +56,11 @@ void check_config(const ForestConfig& c) {
             return "Forest: max_in_flight and max_unverified must be at most 255 together, got " +
                    std::to_string(c.max_in_flight) + " and " + std::to_string(c.max_unverified);
           });
+  const bool has_two_queues = c.tickets == TicketMode::kTogether && c.widening > 0.0;
+  require(!has_two_queues || c.max_in_flight <= kMaxInFlight / 2, [&] {
+    return "Forest: max_in_flight must be at most 127 with widening, got " +
+           std::to_string(c.max_in_flight);
+  });
   require(c.select.unfinished != Unfinished::kVirtualLoss || c.backup.how == Backup::kMean, [] {
     return std::string("Forest: backup must be \"mean\" where unfinished is \"virtual_loss\"");
   });
@@ -261,17 +266,6 @@ void Forest::reroot(TreeId id, std::uint32_t node, std::uint32_t simulations) {
   torn_ = false;
 }
 
-bool Forest::may_go_down(const Tree& tree) const {
-  if (tree.blocked || tree.begun >= tree.simulations || tree.stopped != StopReason::kRunning) {
-    return false;
-  }
-  const std::uint32_t cap =
-      std::min(config_.max_in_flight, 1 + tree.committed / config_.visits_per_flight);
-  if (tree.expanding.size() >= cap) return false;
-  return tree.pending.size() <
-         (config_.tickets == TicketMode::kTogether ? cap : config_.max_unverified);
-}
-
 bool Forest::is_finished(TreeId id) const { return checked(id).finished; }
 
 TreeStatus Forest::status(TreeId id) const {
@@ -372,12 +366,13 @@ Family Forest::family_of(const Tree& tree, NodeIndex parent, bool at_root) const
 }
 
 // One step of a descent; whether there was one.
+template <bool plain>
 bool Forest::step_down(Lane& lane) {
   if (!lane.node->has_children() || lane.widens) return false;
   const NodeIndex first = lane.node->first_child();
   HotNode* block = &nodes_.hot(first);
   std::uint32_t best = 0;
-  if (plain_) {
+  if constexpr (plain) {
     const double log_parent = log_(lane.node->expected_visits() - 1);  // this one does not count
     best = best_child(block, log_parent, config_.select.c_uct);
   } else {
@@ -405,7 +400,11 @@ bool Forest::step_down(Lane& lane) {
 void Forest::descend() {
   for (bool moved = true; moved;) {
     moved = false;
-    for (Lane& lane : lanes_) moved |= step_down(lane);
+    if (plain_) {
+      for (Lane& lane : lanes_) moved |= step_down<true>(lane);
+    } else {
+      for (Lane& lane : lanes_) moved |= step_down<false>(lane);
+    }
   }
 }
 

@@ -213,8 +213,10 @@ void Forest::start_root(Tree& tree, bool mixes_noise) {
 }
 
 void Forest::account(Tree& tree, const Finding& finding) {
-  tree.spent += finding.cost;
-  counters_.spent += finding.cost;
+  if (finding.cost.is_some()) {
+    tree.spent += finding.cost;
+    counters_.spent += finding.cost;
+  }
   if (finding.outcome > 0.0) {
     tree.positives += 1;
     counters_.positives += 1;

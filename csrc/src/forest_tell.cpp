@@ -62,15 +62,6 @@ Kind Forest::kind_of(Ticket ticket) const {
   return config_.tickets == TicketMode::kTogether ? Kind::kEvaluate : Kind::kVerify;
 }
 
-Forest::Queue& Forest::queue_of(Tree& tree, Ticket ticket) {
-  return expands(ticket) ? tree.expanding : tree.pending;
-}
-
-Forest::Pending& Forest::pending_of(Ticket ticket) {
-  Queue& queue = queue_of(trees_[tree_of(ticket)], ticket);
-  return queue[ordinal_of(ticket) - queue.oldest];
-}
-
 Forest::Pending& Forest::find(Ticket ticket) {
   const TreeId id = tree_of(ticket);
   if (id >= trees_.size()) throw BadTicket(TicketFault::kUnknown, ticket);

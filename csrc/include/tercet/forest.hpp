@@ -19,6 +19,7 @@
 // Not thread-safe.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -322,27 +323,28 @@ class Forest {
     std::vector<double> channels{};
   };
 
+  // What each look reads is first.
   struct Tree {
+    Queue pending;    // simulations: tickets that bring values
+    Queue expanding;  // tickets that bring children alone
     NodeIndex root{0};
     Slabs slabs;
     std::uint32_t simulations{0};  // allowed
     std::uint32_t begun{0};        // of them
     std::uint32_t committed{0};
+    std::uint32_t evaluations{0};
+    std::uint32_t nodes{1};
     StopReason stopped{StopReason::kRunning};  // before its simulations were used up
     bool blocked{false};                       // selection leads to a leaf that is asked about
     bool queued{false};                        // among ready_
     bool finished{false};
     bool alive{true};
-    Queue pending;    // simulations: tickets that bring values
-    Queue expanding;  // tickets that bring children alone
+    bool has_budget{false};
     std::vector<End> ends;
 
     std::uint64_t seed{0};
     Budget budget{};
-    bool has_budget{false};
     Cost spent{};
-    std::uint32_t evaluations{0};
-    std::uint32_t nodes{1};
     std::uint32_t positives{0};
     std::uint32_t negatives{0};
     Bounds bounds{};
@@ -398,6 +400,7 @@ class Forest {
 
   void set_out(TreeId id);
   void descend();
+  template <bool plain>
   bool step_down(Lane& lane);
   [[nodiscard]] bool may_widen(const HotNode& node, NodeIndex index) const;
   [[nodiscard]] Family family_of(const Tree& tree, NodeIndex parent, bool at_root) const;
@@ -448,5 +451,28 @@ class Forest {
   Counters counters_;
   bool torn_{false};  // while a change is not complete
 };
+
+// What is short and called for every leaf.
+
+inline bool Forest::may_go_down(const Tree& tree) const {
+  if (tree.blocked || tree.begun >= tree.simulations || tree.stopped != StopReason::kRunning) {
+    return false;
+  }
+  const bool together = config_.tickets == TicketMode::kTogether;
+  if (!together && tree.pending.size() >= config_.max_unverified) return false;
+  const std::size_t out =
+      std::max(tree.expanding.size(), together ? tree.pending.size() : std::size_t{0});
+  if (out == 0) return true;  // without a division
+  return out < config_.max_in_flight && out <= tree.committed / config_.visits_per_flight;
+}
+
+inline Forest::Queue& Forest::queue_of(Tree& tree, Ticket ticket) {
+  return expands(ticket) ? tree.expanding : tree.pending;
+}
+
+inline Forest::Pending& Forest::pending_of(Ticket ticket) {
+  Queue& queue = queue_of(trees_[tree_of(ticket)], ticket);
+  return queue[ordinal_of(ticket) - queue.oldest];
+}
 
 }  // namespace tercet
