@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet._mcts import TreeColumns
-from tercet._search import mean_values, most_visited_path
+from tercet._search import most_visited_path
 from tercet._tree_svg import ColourScale, Node, draw, shortened
 
 JOINERS = "\u200c\u200d"  # of letters and emoji: the only invisible characters that may stay
@@ -24,7 +24,7 @@ def tree_to_json(columns: TreeColumns, labels: Sequence[object] | None = None) -
     """All nodes as a JSON list with one object a line, parents before their children.
 
     Keys: `row`, `parent` (its row; null for the root), `depth`, `visits`, `in_flight`, `total`,
-    `value` (the mean; null where nobody was), `handle`, `terminal`, and `label` if there are any.
+    `handle`, `terminal`, `value` (null where nobody was), and `label` if there are any.
 
     Args:
         labels: one for each node, in the order of the columns; made strings with `str`.
@@ -33,14 +33,14 @@ def tree_to_json(columns: TreeColumns, labels: Sequence[object] | None = None) -
         ValueError: another number of labels than of nodes.
     """
     texts = _checked("tree_to_json", columns, labels)
-    names = ("parent", "depth", "visits", "in_flight", "total", "handle", "terminal")
+    names = ("parent", "depth", "visits", "in_flight", "total", "handle", "terminal", "value")
     lists = [getattr(columns, name).tolist() for name in names]
     lines = []
     for row, values in enumerate(zip(*lists, strict=True)):
         node = {"row": row} | dict(zip(names, values, strict=True))
         node["parent"] = None if row == 0 else node["parent"]
         node["terminal"] = bool(node["terminal"])
-        node["value"] = node["total"] / node["visits"] if node["visits"] else None
+        node["value"] = node["value"] if node["visits"] else None
         if texts is not None:
             node["label"] = texts[row]
         lines.append(json.dumps(node, allow_nan=False))
@@ -56,7 +56,7 @@ def tree_to_dot(
 ) -> str:
     """The most visited nodes as a graph for Graphviz: `dot -Tpdf`.
 
-    Colours are mean values and widths are visits, as in `tree_to_svg`; a line below the graph says
+    Colours are values and widths are visits, as in `tree_to_svg`; a line below the graph says
     how many nodes are left out.
 
     Args:
@@ -98,7 +98,7 @@ def tree_to_svg(
 ) -> str:
     """The most visited nodes as a picture, the root on the left.
 
-    A node's colour is its mean value, the width of a line the share of the root's visits; the path
+    A node's colour is its value, the width of a line the share of the root's visits; the path
     of most visits is outlined.  The picture says how many nodes are left out, and at which nodes.
 
     Args:
@@ -129,7 +129,7 @@ def _most_visited(
     texts = _checked(function, columns, labels)
     if max_nodes < 1:
         raise ValueError(f"{function}: max_nodes must be >= 1, got {max_nodes}")
-    visits, parents, values = columns.visits, columns.parent, mean_values(columns)
+    visits, parents, values = columns.visits, columns.parent, columns.value
     best = most_visited_path(columns)
     rank = -visits.astype(np.int64)
     rank[best] = np.iinfo(np.int64).min

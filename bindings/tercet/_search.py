@@ -30,8 +30,8 @@ class SearchResult(Generic[State]):
 
     @property
     def values(self) -> NDArray[np.float64]:
-        """Mean of the values that came from a node and below it; NaN where nobody was."""
-        return mean_values(self.columns)
+        """Of each node, by the backup: by default the mean from there on; NaN where nobody was."""
+        return self.columns.value
 
     @property
     def best_nodes(self) -> list[int]:
@@ -47,15 +47,9 @@ class SearchResult(Generic[State]):
         return [self.states[node] for node in self.best_nodes]
 
 
-def mean_values(columns: TreeColumns) -> NDArray[np.float64]:
-    """Of each node; NaN where nobody was."""
-    total, visits = columns.total, columns.visits
-    return np.divide(total, visits, out=np.full(len(visits), np.nan), where=visits > 0)
-
-
 def most_visited_path(columns: TreeColumns) -> list[int]:
     """Rows of `SearchResult.best_nodes`."""
-    parent, visits, values = columns.parent, columns.visits, mean_values(columns)
+    parent, visits, values = columns.parent, columns.visits, columns.value
     path = [0]
     while True:
         children = np.flatnonzero(parent == path[-1])
@@ -108,16 +102,21 @@ def search_many(
         expand_batch: what `expand` of `search` gives, for each of at least one state, in order.
         simulations: of each tree.
         max_leaves: most states in a batch, >= 1.  With `max_in_flight=1` a tree has at most one.
-        forest_settings: as of `Forest`.
+        forest_settings: as of `Forest`, whose tickets are "together".
 
     Raises:
-        ValueError: as `search`, and a batch that was answered with another number of results.
+        ValueError: as `search`, other tickets, and a batch answered with another number of results.
         TypeError: as `search`.
         Exception: any that expand_batch raises; the searches are lost with it.
     """
     if max_leaves < 1:
         raise ValueError(f"search_many: max_leaves must be >= 1, got {max_leaves}")
     forest = Forest(**forest_settings)
+    if (tickets := forest.settings["tickets"]) != "together":
+        raise ValueError(
+            'search_many: tickets must be "together", since a callback gives value and states at '
+            f'once, got "{tickets}"; use Forest'
+        )
     states = list(roots)  # a handle is an index into it
     trees = [forest.add_tree(handle, simulations) for handle in range(len(states))]
     while len(leaves := forest.ask(max_leaves)):

@@ -1,5 +1,6 @@
 """Plain searches over Python states, against the oracle's tree."""
 
+import json
 import math
 import random
 import runpy
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tercet import Forest, search, search_many
+from tercet import Forest, search, search_many, tree_to_json
 
 PlainSearch = runpy.run_path(str(Path(__file__).with_name("oracle.py")))["PlainSearch"]
 
@@ -147,3 +148,31 @@ def test_a_batch_must_be_answered_in_full_and_settings_are_the_forest_s():
         search("", lambda _: (0.0, []), simulations=0)
     with pytest.raises(ZeroDivisionError):
         search("", lambda _: (1 / 0, []), simulations=1)
+
+
+def test_values_are_those_of_the_backup():
+    result = search((), queens, simulations=60, backup="max")
+    below = [
+        max(v for s, v in _reached(result) if s[: len(state)] == state) for state in _seen(result)
+    ]
+    assert result.values[result.visits > 0].tolist() == below
+    assert np.isnan(result.values[result.visits == 0]).all()
+    assert result.best_path == [result.states[row] for row in result.best_nodes]
+    shown = json.loads(tree_to_json(result.columns))
+    assert [node["value"] for node in shown] == [
+        None if math.isnan(value) else value for value in result.values
+    ]
+
+
+def _seen(result):
+    return [s for s, n in zip(result.states, result.visits, strict=True) if n]
+
+
+def _reached(result):
+    return [(state, queens(state)[0]) for state in _seen(result)]
+
+
+@pytest.mark.parametrize("tickets", ["apart", "lazy"])
+def test_tickets_apart_are_refused(tickets):
+    with pytest.raises(ValueError, match=f'tickets must be "together", .* got "{tickets}"'):
+        search((), queens, simulations=3, tickets=tickets)
