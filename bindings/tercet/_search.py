@@ -14,6 +14,14 @@ from tercet._mcts import Forest, Leaves, TreeColumns
 State = TypeVar("State")
 Outcome: TypeAlias = tuple[float, Sequence[State]] | None  # value and children; None: it failed
 
+# Settings of a forest that read what a callback does not say: outcomes, channels, costs, children
+# that come late; and duplicates are known by handles, of which each state here has its own.
+UNANSWERED = (
+    *("dual_target", "stop_positives", "stop_negatives", "stop_correct"),
+    *("channels", "model_calls", "tokens", "tool_calls", "seconds"),
+    *("widening", "merge_duplicates"),
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SearchResult(Generic[State]):
@@ -102,10 +110,12 @@ def search_many(
         expand_batch: what `expand` of `search` gives, for each of at least one state, in order.
         simulations: of each tree.
         max_leaves: most states in a batch, >= 1.  With `max_in_flight=1` a tree has at most one.
-        forest_settings: as of `Forest`, whose tickets are "together".
+        forest_settings: as of `Forest`, but nothing for tickets apart, for children that come
+            later, or for outcomes, channels and costs, of which a callback says nothing.
 
     Raises:
-        ValueError: as `search`, other tickets, and a batch answered with another number of results.
+        ValueError: as `search`, such a setting, and a batch answered with another number of
+            results.
         TypeError: as `search`.
         Exception: any that expand_batch raises; the searches are lost with it.
     """
@@ -117,6 +127,13 @@ def search_many(
             'search_many: tickets must be "together", since a callback gives value and states at '
             f'once, got "{tickets}"; use Forest'
         )
+    defaults = Forest().settings
+    for name in UNANSWERED:
+        if (given := forest.settings[name]) != defaults[name]:
+            raise ValueError(
+                f"search_many: {name} must be left at {defaults[name]}, since a callback gives "
+                f"values and new states alone, got {given}; use Forest"
+            )
     states = list(roots)  # a handle is an index into it
     trees = [forest.add_tree(handle, simulations) for handle in range(len(states))]
     while len(leaves := forest.ask(max_leaves)):
@@ -134,6 +151,10 @@ def _answer(
     forest: Forest, leaves: Leaves, outcomes: Sequence[Outcome[State]], states: list[State]
 ) -> None:
     """Tells the forest what was found, or that it failed; new states go behind the others."""
+    if not isinstance(outcomes, Sequence):
+        raise TypeError(
+            f"search: a batch must be answered with a list of results, got {outcomes!r:.200}"
+        )
     if len(outcomes) != len(leaves):
         raise ValueError(
             f"search: a batch of {len(leaves)} states must have as many results, "
@@ -162,7 +183,8 @@ def _checked(outcome: tuple[float, Sequence[State]]) -> tuple[float, Sequence[St
     """What a callback returned, if it is a number and a sequence other than one text."""
     if isinstance(outcome, tuple) and len(outcome) == 2:
         value, children = outcome
-        if isinstance(children, Sequence) and not isinstance(children, str | bytes):
+        is_number = hasattr(value, "__float__") or hasattr(value, "__index__")  # no text of one
+        if is_number and isinstance(children, Sequence) and not isinstance(children, str | bytes):
             return float(value), children
     raise TypeError(
         "search: a state must be answered with (value, list of children), or None where that "

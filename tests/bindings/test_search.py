@@ -4,7 +4,9 @@ import json
 import math
 import random
 import runpy
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +130,8 @@ def test_a_search_is_saved_with_its_forest(tmp_path):
         ((["a"], 0.5), TypeError, "list of children"),
         (0.5, TypeError, "list of children"),
         ((0.5, iter(["a"])), TypeError, "list of children"),
+        (("0.5", ["a"]), TypeError, r"list of children.*got \('0.5', "),
+        ((None, []), TypeError, "list of children"),
         ((math.nan, ["a"]), ValueError, "nan"),
         ((0.5, ["a"] * 65), ValueError, "64"),
     ],
@@ -140,6 +144,8 @@ def test_an_answer_of_another_form_is_refused(outcome, error, message):
 def test_a_batch_must_be_answered_in_full_and_settings_are_the_forest_s():
     with pytest.raises(ValueError, match="batch of 2 states must have as many results, got 1"):
         search_many(["a", "b"], lambda _: [(0.0, [])], simulations=1)
+    with pytest.raises(TypeError, match="answered with a list of results, got None"):
+        search_many(["a", "b"], lambda _: None, simulations=1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="max_leaves must be >= 1, got 0"):
         search_many(["a"], lambda _: [], simulations=1, max_leaves=0)
     with pytest.raises(ValueError, match="c_uct"):
@@ -176,3 +182,26 @@ def _reached(result):
 def test_tickets_apart_are_refused(tickets):
     with pytest.raises(ValueError, match=f'tickets must be "together", .* got "{tickets}"'):
         search((), queens, simulations=3, tickets=tickets)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"dual_target": True, "stop_positives": 1}, {"stop_positives": 2}),
+        *({"stop_negatives": 1}, {"stop_correct": True}, {"channels": [("value", "max", 1.0)]}),
+        *({"model_calls": 5.0}, {"tokens": 5.0}, {"tool_calls": 5.0}, {"seconds": 5.0}),
+        *({"widening": 1.0}, {"merge_duplicates": True}),
+    ],
+    ids=str,
+)
+def test_settings_that_a_callback_cannot_serve_are_refused(settings):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=f"{name} must be left at .* alone, got .*; use Forest"):
+        search((), queens, simulations=3, **settings)
+
+
+def test_a_value_may_be_any_kind_of_number():
+    numbers: list[Any] = [np.float32(0.5), np.array(0.5), Fraction(1, 2)]
+    for one in numbers:
+        found = search("", lambda _, one=one: (one, []), simulations=2)
+        assert found.values.tolist() == [0.5]
