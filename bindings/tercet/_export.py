@@ -192,6 +192,8 @@ def _plain(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of the DOT language, in which a backslash means nothing."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    """A string of the DOT language, in which a backslash or an entity of HTML means nothing."""
+    escaped = (
+        text.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    )
     return f'"{escaped}"'

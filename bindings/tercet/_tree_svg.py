@@ -27,7 +27,7 @@ class Node:
     parent: int | None  # its row
     depth: int
     visits: int
-    value: float | None  # mean; None: nobody was there
+    value: float | None  # None: nobody was there
     in_flight: int
     hidden: int  # children that are left out
     label: str  # one line
@@ -37,7 +37,7 @@ class Node:
 
     @property
     def numbers(self) -> str:
-        """Visits, mean, what is in flight, and how many children are left out."""
+        """Visits, value, what is in flight, and how many children are left out."""
         parts = [f"{self.visits}"]
         if self.value is not None:
             parts.append(number(self.value))
@@ -55,7 +55,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ColourScale:
-    """Mean values as colours: cream to blue, orange to cream, or orange to blue about zero."""
+    """Values as colours: cream to blue, orange to cream, or orange to blue about zero."""
 
     low: float
     high: float
@@ -244,8 +244,8 @@ def _card(node: Node, at: tuple[float, float, float], colour: str) -> str:
         outline += ' stroke-dasharray="3 3"'
     more = len(node.full_label) - TOOLTIP
     tooltip = node.full_label[:TOOLTIP] + (f"… ({more} more characters)" if more > 0 else "")
-    mean = "never visited" if node.value is None else f"mean value {node.value:.6g}"
-    facts = [f"{node.visits} visits", mean]
+    value = "never visited" if node.value is None else f"value {node.value:.6g}"
+    facts = [f"{node.visits} visits", value]
     facts += [f"{node.in_flight} in flight"] if node.in_flight else []
     facts += [f"{node.hidden} children left out"] if node.hidden else []
     facts += ["an end"] if node.is_end else []
@@ -280,7 +280,7 @@ def _legend(nodes: Sequence[Node], scale: ColourScale, y: float) -> tuple[list[s
     low, high = number(scale.low), number(scale.high)
     grey = f'<path d="M{{x:.0f}} {y:.0f}l34 -5v10z" fill="{LINE}"/>'
     for kind, text in [
-        ("text", "visits · mean value:"),
+        ("text", "visits · value:"),
         ("text", low),
         ("bar", high),
         ("width", "visits"),
@@ -304,7 +304,7 @@ def _legend(nodes: Sequence[Node], scale: ColourScale, y: float) -> tuple[list[s
             f'{drawn}<text x="{x:.0f}" y="{y + 4:.0f}" font-size="11" fill="{GREY}">'
             f"{_text(text)}</text>"
         )
-        x += 6.8 * len(text) + (8 if text in ("visits · mean value:", low) else 24)
+        x += 6.8 * len(text) + (8 if text in ("visits · value:", low) else 24)
     return out, x
 
 

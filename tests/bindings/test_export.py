@@ -175,6 +175,7 @@ def test_dot_quotes_labels_and_draws_each_edge_once(tmp_path):
         (str(i), str(i + 1)) for i in range(len(HOSTILE) - 1)
     ]
     assert r'[label="quote \" and \\\" end \\\n' in dot  # " and \" and \, each with one \ more
+    assert '[label="]]> &amp; &amp;lt; <!-- -->' in dot  # Graphviz reads entities in any string
     assert dot.count("fillcolor") == len(HOSTILE)
     if program := shutil.which("dot"):
         subprocess.run([program, "-Tsvg"], input=dot.encode(), check=True, capture_output=True)
