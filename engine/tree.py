@@ -71,7 +71,7 @@ def _columns(forest: Forest, tree: int, snapshot: Path) -> TreeColumns:
     )
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, read: Sequence[Path]) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"tree: --output must lie in a folder that exists, got no {path.parent}; make it"
@@ -80,6 +80,12 @@ def _check_output(path: Path) -> None:
         raise ValueError(
             f"tree: --output must be a file, got {path}, a folder, pipe or device; name a file"
         )
+    for source in read:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ValueError(
+                f"tree: --output must be another file than {source}, which is read, got {path}; "
+                "name another"
+            )
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -97,7 +103,7 @@ def main(argv: list[str], prog: str) -> int:
     parser.add_argument("--output", type=Path, help="default: standard output")
     args = parser.parse_args(argv)
     if args.output is not None:
-        _check_output(args.output)
+        _check_output(args.output, [args.snapshot, *([args.labels] if args.labels else [])])
     text = export(
         args.snapshot,
         tree=args.tree,

@@ -72,10 +72,14 @@ def test_writes_a_file_and_names_it(saved, tmp_path, capsys):
         (["search.forest", "--output", "none/t.svg"], "got no none; make it"),
         (["search.forest", "--output", "."], "a folder, pipe or device"),
         (["search.forest", "--output", "fifo"], "a folder, pipe or device"),
+        (["search.forest", "--output", "search.forest"], "another file than search.forest"),
+        (["search.forest", "--output", "link"], "another file than search.forest"),
+        (["search.forest", "--labels", "list.json", "--output", "list.json"], "than list.json"),
     ],
 )
 def test_what_is_wrong_is_one_line(saved, capsys, options, said):
     os.mkfifo("fifo")
+    os.symlink("search.forest", "link")
     assert main(["tree", *options]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
