@@ -157,7 +157,8 @@ class MCTS(Generic[State, Action]):
         """Searches.
 
         Raises:
-            ValueError: a reward that is not finite, or more than 64 actions.
+            ValueError: a reward that is not finite, a fast one that is no number, or more than 64
+                actions.
             Exception: any that a callback raises.
         """
         growth = _Growth(world_model, search_config, self.depth_limit)
@@ -251,6 +252,8 @@ class _Growth(Generic[State, Action]):
         self, node: MCTSNode[State, Action], state: State, action: Action
     ) -> MCTSNode[State, Action]:
         fast_reward, details = self.search_config.fast_reward(state, action)
+        if math.isnan(fast_reward):  # nothing can be ordered by it
+            raise ValueError(f"MCTS: fast_reward must be a number, got {fast_reward} for {action}")
         child = MCTSNode(
             self.next_id, action, node, fast_reward, details, depth=node.depth + 1, Q=fast_reward
         )

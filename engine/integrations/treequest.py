@@ -18,7 +18,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -55,7 +55,7 @@ class _Slot:
 
 @dataclass
 class MCTSState(Generic[State]):
-    """A tree, its states and scores, and the trials that are out: to pickle or deepcopy."""
+    """A tree, its states and scores, and the trials that are out: to pickle or copy."""
 
     forest: Forest
     slots: list[_Slot] = field(default_factory=lambda: [_Slot(-1, "", -1)])
@@ -64,7 +64,12 @@ class MCTSState(Generic[State]):
     actions: tuple[str, ...] = ()  # of the last ask
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"forest": self.forest.to_bytes()}
+        return self.__dict__ | {
+            "forest": self.forest.to_bytes(),
+            "slots": [replace(slot) for slot in self.slots],  # a shallow copy must not share these
+            "pairs": list(self.pairs),
+            "running": dict(self.running),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"forest": Forest.from_bytes(state["forest"])})

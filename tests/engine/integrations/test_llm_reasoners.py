@@ -219,6 +219,13 @@ def test_a_reward_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="nan"):
         MCTS(n_iters=5)(Numbers(), Steps(reward=math.nan))
 
+    class NoGuess(Steps):
+        def fast_reward(self, state, action):
+            return math.nan if action == "add" else 0.5, {"guess": action}
+
+    with pytest.raises(ValueError, match="fast_reward must be a number, got nan for add"):
+        MCTS(n_iters=5)(Numbers(), NoGuess())
+
 
 def test_the_same_best_trace_as_exhaustive_search():
     def worth(text):

@@ -179,6 +179,20 @@ def test_lost_trials_are_recalled_under_their_names():
     assert algorithm.ask_batch(state, 3, ["a"])[1] == trials
 
 
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy])
+def test_a_copy_goes_its_own_way(made):
+    algorithm, digits = StandardMCTS(max_in_flight=3), Digits()
+    state = algorithm.init_tree()
+    for _ in range(10):
+        state = algorithm.step(state, digits.functions, inplace=True)
+    state, (trial, *_) = algorithm.ask_batch(state, 2, ["low"])
+    before = state.of_rows(), len(state.slots), list(state.pairs), dict(state.running)
+    other = algorithm.tell(made(state), trial.trial_id, ("3", 0.125))
+    assert other.pairs[-1] == ("3", 0.125)
+    assert (state.of_rows(), len(state.slots), state.pairs, state.running) == before
+    assert algorithm.tell(state, trial.trial_id, ("9", 0.0)).pairs[-1] == ("9", 0.0)
+
+
 def test_a_score_that_is_no_number_changes_nothing():
     algorithm = StandardMCTS()
     state, trial = algorithm.ask(algorithm.init_tree(), ["a"])
