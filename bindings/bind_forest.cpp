@@ -41,7 +41,10 @@ namespace {
 // would break its memory.  Counters are those after the last call, for any thread at any time.
 class Guarded {
  public:
-  explicit Guarded(Forest forest) : forest_(std::move(forest)), counters_(forest_.counters()) {}
+  explicit Guarded(Forest forest)
+      : forest_(std::move(forest)),
+        num_channels_(forest_.config().backup.channels.size()),
+        counters_(forest_.counters()) {}
 
   template <typename Use>
   auto in_turn(const Use& use) {
@@ -54,6 +57,8 @@ class Guarded {
     const py::gil_scoped_release released;
     return use(forest_);
   }
+
+  [[nodiscard]] std::size_t num_channels() const { return num_channels_; }
 
   Counters counters() {
     const std::scoped_lock lock(mutex_);
@@ -76,6 +81,7 @@ class Guarded {
   }
 
   Forest forest_;
+  std::size_t num_channels_;
   std::atomic<bool> busy_{false};
   std::mutex mutex_;
   Counters counters_;
@@ -108,9 +114,29 @@ auto column(std::vector<T> Owner::* which) {
 
 using Optional = std::optional<py::array>;
 
+// None, or one element for each of `n`; whether they are as many is checked with the rest.
 template <typename T>
-std::span<const T> row_or_none(const Optional& array, const char* op, const char* name) {
-  return array ? row<T>(*array, op, name) : std::span<const T>{};
+std::span<const T> row_or_none(const Optional& array, std::size_t n, const char* op,
+                               const char* name) {
+  if (!array) return {};
+  const auto elements = row<T>(*array, op, name);
+  if (!elements.empty() || n == 0) return elements;
+  throw py::value_error(std::string(op) + ": " + name + " must have " + std::to_string(n) +
+                        " elements, got " + std::to_string(elements.size()));
+}
+
+// None, or one row of so many elements for each of `n`.
+std::span<const double> table_or_none(const Optional& array, std::size_t n, std::size_t columns,
+                                      const char* op, const char* name) {
+  if (!array) return {};
+  const auto all = elements<double>(*array, op, name);
+  if (array->ndim() == 2 && static_cast<std::size_t>(array->shape(0)) == n &&
+      static_cast<std::size_t>(array->shape(1)) == columns) {
+    return all;
+  }
+  throw py::value_error(std::string(op) + ": " + name + " must have shape (" + std::to_string(n) +
+                        ", " + std::to_string(columns) + "), got " +
+                        std::string(py::str(array->attr("shape"))));
 }
 
 // What may come with children.
@@ -118,21 +144,23 @@ void add_children(tercet::Results& results, const char* op, const py::array& num
                   const py::array& handles, const Optional& priors, const Optional& terminal) {
   results.num_children = row<std::uint32_t>(num_children, op, "num_children");
   results.handles = row<std::int64_t>(handles, op, "handles");
-  results.priors = row_or_none<float>(priors, op, "priors");
-  const auto ends = row_or_none<bool>(terminal, op, "terminal");
+  const std::size_t children = results.handles.size();
+  results.priors = row_or_none<float>(priors, children, op, "priors");
+  const auto ends = row_or_none<bool>(terminal, children, op, "terminal");
   results.terminal = {reinterpret_cast<const std::uint8_t*>(ends.data()), ends.size()};
 }
 
 // What may come with values.
-void add_values(tercet::Results& results, const char* op, const py::array& values,
-                const Optional& outcomes, const Optional& channels) {
+void add_values(tercet::Results& results, const Guarded& guarded, const char* op,
+                const py::array& values, const Optional& outcomes, const Optional& channels) {
+  const std::size_t n = results.tickets.size();
   results.values = row<double>(values, op, "values");
-  results.outcomes = row_or_none<double>(outcomes, op, "outcomes");
-  if (channels) results.channels = elements<double>(*channels, op, "channels");
+  results.outcomes = row_or_none<double>(outcomes, n, op, "outcomes");
+  results.channels = table_or_none(channels, n, guarded.num_channels(), op, "channels");
 }
 
-std::span<const double> costs_of(const Optional& costs, const char* op) {
-  return costs ? elements<double>(*costs, op, "costs") : std::span<const double>{};
+std::span<const double> costs_of(const Optional& costs, std::size_t n, const char* op) {
+  return table_or_none(costs, n, 4, op, "costs");
 }
 
 void tell(Guarded& guarded, const py::array& tickets, const py::array& values,
@@ -141,9 +169,9 @@ void tell(Guarded& guarded, const py::array& tickets, const py::array& values,
           const Optional& costs) {
   tercet::Results results;
   results.tickets = row<tercet::Ticket>(tickets, "tell", "tickets");
-  add_values(results, "tell", values, outcomes, channels);
+  add_values(results, guarded, "tell", values, outcomes, channels);
   add_children(results, "tell", num_children, handles, priors, terminal);
-  results.costs = costs_of(costs, "tell");
+  results.costs = costs_of(costs, results.tickets.size(), "tell");
   guarded.in_turn([&](Forest& forest) { forest.tell(results); });
 }
 
@@ -153,7 +181,7 @@ void tell_children(Guarded& guarded, const py::array& tickets, const py::array& 
   tercet::Results results;
   results.tickets = row<tercet::Ticket>(tickets, "tell_children", "tickets");
   add_children(results, "tell_children", num_children, handles, priors, terminal);
-  results.costs = costs_of(costs, "tell_children");
+  results.costs = costs_of(costs, results.tickets.size(), "tell_children");
   guarded.in_turn([&](Forest& forest) { forest.tell_children(results); });
 }
 
@@ -161,8 +189,8 @@ void tell_values(Guarded& guarded, const py::array& tickets, const py::array& va
                  const Optional& outcomes, const Optional& channels, const Optional& costs) {
   tercet::Results results;
   results.tickets = row<tercet::Ticket>(tickets, "tell_values", "tickets");
-  add_values(results, "tell_values", values, outcomes, channels);
-  results.costs = costs_of(costs, "tell_values");
+  add_values(results, guarded, "tell_values", values, outcomes, channels);
+  results.costs = costs_of(costs, results.tickets.size(), "tell_values");
   guarded.in_turn([&](Forest& forest) { forest.tell_values(results); });
 }
 
@@ -177,23 +205,25 @@ void tell_verdicts(Guarded& guarded, const py::array& tickets, const py::array& 
 void tell_outcome(Guarded& guarded, const py::array& tickets, const py::array& num_steps,
                   const py::array& outcomes, const Optional& start_verdicts,
                   const Optional& costs) {
-  const tercet::Outcomes told{row<tercet::Ticket>(tickets, "tell_outcome", "tickets"),
-                              row<std::uint32_t>(num_steps, "tell_outcome", "num_steps"),
-                              row<double>(outcomes, "tell_outcome", "outcomes"),
-                              row_or_none<double>(start_verdicts, "tell_outcome", "start_verdicts"),
-                              costs_of(costs, "tell_outcome")};
+  tercet::Outcomes told;
+  told.tickets = row<tercet::Ticket>(tickets, "tell_outcome", "tickets");
+  told.num_steps = row<std::uint32_t>(num_steps, "tell_outcome", "num_steps");
+  told.outcomes = row<double>(outcomes, "tell_outcome", "outcomes");
+  const std::size_t n = told.tickets.size();
+  told.start_verdicts = row_or_none<double>(start_verdicts, n, "tell_outcome", "start_verdicts");
+  told.costs = costs_of(costs, n, "tell_outcome");
   guarded.in_turn([&](Forest& forest) { forest.tell_outcome(told); });
 }
 
 void fail(Guarded& guarded, const py::array& tickets, const Optional& costs) {
   const auto failed = row<tercet::Ticket>(tickets, "fail", "tickets");
-  const auto spent = costs_of(costs, "fail");
+  const auto spent = costs_of(costs, failed.size(), "fail");
   guarded.in_turn([&](Forest& forest) { forest.fail(failed, spent); });
 }
 
 void cancel(Guarded& guarded, const py::array& tickets, const Optional& costs) {
   const auto withdrawn = row<tercet::Ticket>(tickets, "cancel", "tickets");
-  const auto spent = costs_of(costs, "cancel");
+  const auto spent = costs_of(costs, withdrawn.size(), "cancel");
   guarded.in_turn([&](Forest& forest) { forest.cancel(withdrawn, spent); });
 }
 
@@ -327,7 +357,7 @@ class Given {
   void channels(std::vector<tercet::ChannelConfig>& channels) {
     const py::object value = take("channels");
     if (!value) return;
-    for (const py::handle each : value) {
+    for (const py::handle each : converted<py::sequence>("channels", value)) {
       const auto parts = converted<std::tuple<std::string, std::string, double>>("channels", each);
       const auto& [source, how, gamma] = parts;
       channels.push_back(
@@ -355,11 +385,11 @@ class Given {
   template <typename T>
   static T converted(const char* name, const py::handle& value) {
     try {
-      return value.cast<T>();
-    } catch (const py::cast_error&) {
-      throw py::type_error(std::string("Forest: ") + name + " cannot be " +
-                           std::string(py::repr(value)));
+      if (!value.is_none()) return value.cast<T>();
+    } catch (const py::cast_error&) {  // as below
     }
+    throw py::type_error(std::string("Forest: ") + name + " cannot be " +
+                         std::string(py::repr(value)));
   }
 
   py::dict arguments_;
@@ -443,6 +473,7 @@ void settings(Io& io, C& c) {
   io("stop_negatives", c.stop.negatives);
   io("stop_correct", c.stop.correct);
   io("stop_converged", c.stop.converged);
+  io("record", c.record);
   io("tickets", c.tickets, kModes);
   io("max_in_flight", c.max_in_flight);
   io("visits_per_flight", c.visits_per_flight);
@@ -478,6 +509,19 @@ tercet::TreeId add_tree(Guarded& guarded, std::int64_t root_handle, std::uint32_
       [&](Forest& forest) { return forest.add_tree(root_handle, simulations, seed, budget); });
 }
 
+tercet::TreeId add_tree_along(Guarded& guarded, std::int64_t root_handle, std::uint32_t simulations,
+                              const py::array& landings, std::uint64_t seed) {
+  const auto script = row<std::uint32_t>(landings, "add_tree_along", "landings");
+  return guarded.in_turn([&](Forest& forest) {
+    return forest.add_tree_along(root_handle, simulations, script, seed);
+  });
+}
+
+py::array_t<std::uint32_t> landings_of(Guarded& guarded, tercet::TreeId tree) {
+  const auto landings = guarded.in_turn([&](Forest& forest) { return forest.landings(tree); });
+  return py::array_t<std::uint32_t>(static_cast<py::ssize_t>(landings.size()), landings.data());
+}
+
 py::array channels_of(const py::object& self) {
   const auto& columns = self.cast<const TreeColumns&>();
   const auto n = static_cast<py::ssize_t>(columns.node.size());
@@ -493,7 +537,7 @@ py::str shown(const py::object& self, std::initializer_list<const char*> names) 
   text += "(";
   const char* separator = "";
   for (const char* name : names) {
-    text += separator + std::string(name) + "=" + std::string(py::str(self.attr(name)));
+    text += separator + std::string(name) + "=" + std::string(py::repr(self.attr(name)));
     separator = ", ";
   }
   return text + ")";
@@ -594,6 +638,8 @@ void bind_forest(py::module_& m) {
       .def_property_readonly("settings", &settings_of, "The keyword arguments that make this one.")
       .def("add_tree", &add_tree, "root_handle"_a, "simulations"_a, py::kw_only(), "seed"_a = 0,
            "A tree whose root has this handle, to be visited this many times.")
+      .def("add_tree_along", &add_tree_along, "root_handle"_a, "simulations"_a, "landings"_a,
+           py::kw_only(), "seed"_a = 0, "A tree whose descents land where those of another did.")
       .def("remove_tree", in_turn(&Forest::remove_tree), "tree"_a, "Frees the nodes of a tree.")
       .def("extend", in_turn(&Forest::extend), "tree"_a, "simulations"_a,
            "Allows a tree more simulations.")
@@ -626,6 +672,7 @@ void bind_forest(py::module_& m) {
       .def("is_finished", in_turn(&Forest::is_finished), "tree"_a)
       .def("status", in_turn(&Forest::status), "tree"_a, "How far a tree has come.")
       .def("columns", in_turn(&Forest::columns), "tree"_a, "All nodes of a tree.")
+      .def("landings", &landings_of, "tree"_a, "Where descents landed, if that is recorded.")
       .def("choice", in_turn(&Forest::choice), "tree"_a, "The child of the root to take.")
       .def("counters", &Guarded::counters, "What was done up to the last call.")
       .def("to_bytes", &bytes_of, "The whole state, tickets that are out included.")

@@ -15,7 +15,7 @@ _Source: TypeAlias = Literal["value", "step", "outcome", "start", "total"]
 _How: TypeAlias = Literal["mean", "sum", "max", "min", "product", "last"]
 _Tickets: TypeAlias = Literal["together", "apart", "lazy"]
 _StopReason: TypeAlias = Literal[
-    "", "simulations", "correct", "samples", "budget", "converged", "closed"
+    "", "simulations", "correct", "samples", "budget", "converged", "closed", "script"
 ]
 
 class TicketError(ValueError):
@@ -265,6 +265,7 @@ class Forest:
         stop_negatives: this many below 0; both 0: no such rule. GroundedPRM: 3 and 3.
         stop_correct: a tree stops at its first outcome above 0.
         stop_converged: a tree stops when the second child of its root cannot overtake the first.
+        record: keeps where each descent lands, for `landings`.
         tickets: "together": one ticket asks for value and children. "apart": two tickets do.
             "lazy": a leaf is verified at its first visit and expanded at its second; the root is
             expanded at once.
@@ -320,6 +321,7 @@ class Forest:
         stop_negatives: int = 0,
         stop_correct: bool = False,
         stop_converged: bool = False,
+        record: bool = False,
         tickets: _Tickets = "together",
         max_in_flight: int = 1,
         visits_per_flight: int = 16,
@@ -364,6 +366,32 @@ class Forest:
         Raises:
             TypeError: no such budget.
             ValueError: outside its range, or no room within max_bytes.
+        """
+
+    def add_tree_along(
+        self,
+        root_handle: int,
+        simulations: int,
+        landings: NDArray[np.uint32],
+        *,
+        seed: int = 0,
+    ) -> int:
+        """A tree whose descents land where those of another did; its number.
+
+        The same leaves are asked about in the same order, whatever their values: a finished search
+        can be told other values, or backed up in another way, without a model.
+
+        Args:
+            root_handle: as of the other tree.
+            simulations: as many as the other tree was allowed.
+            landings: [descents], what `landings` gave for it.
+            seed: as of the other tree.
+
+        The tree ends with its landings. Where one does not fit what is told, it stops, and its
+        `stop_reason` is "script".
+
+        Raises:
+            ValueError: no landings, else as `add_tree`.
         """
 
     def remove_tree(self, tree: int) -> None:
@@ -582,6 +610,15 @@ class Forest:
 
     def columns(self, tree: int) -> TreeColumns:
         """All nodes of a tree, as they are now. IndexError: no such tree."""
+
+    def landings(self, tree: int) -> NDArray[np.uint32]:
+        """Where its descents landed so far: node << 1, + 1 where they asked for more children.
+
+        [descents]; empty unless the settings say `record`.
+
+        Raises:
+            IndexError: no such tree.
+        """
 
     def choice(self, tree: int) -> int | None:
         """The child of the root to take, as in `TreeColumns.node`; None while there is none.

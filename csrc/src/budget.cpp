@@ -76,6 +76,8 @@ std::string_view name_of(StopReason reason) {
       return "converged";
     case StopReason::kClosed:
       return "closed";
+    case StopReason::kScript:
+      return "script";
   }
   return "";
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -11,6 +12,15 @@
 namespace tercet {
 
 namespace {
+
+constexpr double kMaxWeight = 1e299;  // with a verdict or two, a reward stays below kMaxValue
+
+bool multiplies(const BackupConfig& backup) {
+  return backup.how == Backup::kProduct ||
+         std::ranges::any_of(backup.channels, [](const ChannelConfig& c) {
+           return c.channel.how == Aggregation::kProduct;
+         });
+}
 
 constexpr std::size_t kLanes = 16;  // descents at a time: one's memory comes while others work
 
@@ -72,8 +82,15 @@ void check_config(const ForestConfig& c) {
           [&] { return std::string("Forest: visits_per_flight must be >= 1, got 0"); });
   require(c.max_attempts >= 1,
           [&] { return std::string("Forest: max_attempts must be >= 1, got 0"); });
-  require(is_value(c.failed_value), [&] {
-    return "Forest: failed_value must be in [-1e300, 1e300], got " + std::to_string(c.failed_value);
+  const double most = multiplies(c.backup) ? 1.0 : kMaxValue;
+  require(std::abs(c.failed_value) <= most, [&] {
+    return std::string("Forest: failed_value must be in ") +
+           (most == 1.0 ? "[-1, 1] where values are multiplied" : "[-1e300, 1e300]") + ", got " +
+           std::to_string(c.failed_value);
+  });
+  require(c.reward.outcome_weight <= kMaxWeight, [&] {
+    return "Forest: outcome_weight of the reward must be <= 1e299, got " +
+           std::to_string(c.reward.outcome_weight);
   });
 }
 
@@ -162,6 +179,20 @@ TreeId Forest::add_tree(std::int64_t root_handle, std::uint32_t simulations, std
   return id;
 }
 
+TreeId Forest::add_tree_along(std::int64_t root_handle, std::uint32_t simulations,
+                              std::span<const std::uint32_t> landings, std::uint64_t seed) {
+  require(!landings.empty(), [] {
+    return std::string(
+        "Forest::add_tree_along: landings must not be empty; did the settings of the "
+        "tree that they are from say record?");
+  });
+  const TreeId id = add_tree(root_handle, simulations, seed);
+  torn_ = true;
+  trees_[id].script.assign(landings.begin(), landings.end());
+  torn_ = false;
+  return id;
+}
+
 void Forest::remove_tree(TreeId id) {
   Tree& tree = checked(id);
   counters_.nodes -= tree.nodes;  // from here on, nothing throws
@@ -231,13 +262,12 @@ void Forest::reroot(TreeId id, std::uint32_t node, std::uint32_t simulations) {
     throw std::logic_error("Forest::reroot: tree " + std::to_string(id) +
                            " has tickets that are not committed; tell, fail or cancel them first");
   }
-  const std::vector<NodeIndex> all = nodes_.all(tree.slabs);
-  const auto found =
-      std::find_if(all.begin(), all.end(), [&](NodeIndex i) { return nodes_.local(i) == node; });
-  if (found == all.end()) {
+  const std::optional<NodeIndex> found = nodes_.find(tree.slabs, node);
+  if (!found) {
     throw std::out_of_range("Forest::reroot: tree " + std::to_string(id) + " has no node " +
                             std::to_string(node));
   }
+  const bool is_new = *found != tree.root;
   const std::uint32_t visits = nodes_.hot(*found).visits();
   require(simulations >= 1 && simulations <= kMaxVisits - visits, [&] {
     return "Forest::reroot: simulations must be in [1, " + std::to_string(kMaxVisits - visits) +
@@ -248,19 +278,22 @@ void Forest::reroot(TreeId id, std::uint32_t node, std::uint32_t simulations) {
   const Slabs old = tree.slabs;
   counters_.nodes -= tree.nodes;
   tree.slabs = {};
-  tree.root = nodes_.copy(all, *found, tree.slabs);
+  tree.root = nodes_.copy(nodes_.all(old), *found, tree.slabs);
   nodes_.release(old);
   tree.nodes = static_cast<std::uint32_t>(nodes_.all(tree.slabs).size());
   counters_.nodes += tree.nodes;
   tree.begun = tree.committed = visits;
   tree.simulations = visits + simulations;
+  tree.landings.clear();
+  tree.script.clear();
+  tree.followed = 0;
   tree.blocked = false;
   if (nodes_.hot(tree.root).is_closed()) {
     tree.stopped = StopReason::kClosed;
   } else if (tree.stopped == StopReason::kClosed || tree.stopped == StopReason::kConverged) {
     tree.stopped = StopReason::kRunning;
   }
-  if (nodes_.hot(tree.root).has_children()) start_root(tree, true);
+  if (nodes_.hot(tree.root).has_children()) start_root(tree, is_new);
   settle(tree);
   advance(id);
   torn_ = false;
@@ -288,6 +321,8 @@ Counters Forest::counters() const {
   now.bytes = nodes_.bytes();
   return now;
 }
+
+std::vector<std::uint32_t> Forest::landings(TreeId id) const { return checked(id).landings; }
 
 std::optional<std::uint32_t> Forest::choice(TreeId id) const {
   const Tree& tree = checked(id);
@@ -335,15 +370,58 @@ void Forest::set_out(TreeId id) {
   pending.path.assign(1, tree.root);
   HotNode& root = nodes_.hot(tree.root);
   root.depart();
-  lanes_.push_back({id, &pending, &root, false});
+  if (tree.script.empty()) {
+    lanes_.push_back({id, &pending, &root, false});
+  } else if (!follow(id, pending)) {
+    root.turn_back();
+    tree.pending.drop_newest();
+    advance(id);
+  }
+}
+
+bool Forest::may_ask_for_more(NodeIndex node) const {
+  return config_.widening > 0.0 && nodes_.hot(node).has_children() &&
+         !nodes_.hot(node).is_asked() && !nodes_.cold(node).is_full &&
+         nodes_.num_children(node) < config_.max_children;
+}
+
+// Sets out along a script, on a path of the root alone.  Where it has come to its end, so has the
+// tree; where it does not fit, the tree is stopped.
+bool Forest::follow(TreeId id, Pending& pending) {
+  Tree& tree = trees_[id];
+  if (tree.followed == tree.script.size()) {
+    if (tree.begun > 0) {
+      tree.simulations = tree.begun;
+    } else {
+      tree.stopped = StopReason::kScript;
+    }
+    return false;
+  }
+  const std::uint32_t landing = tree.script[tree.followed++];
+  const std::optional<NodeIndex> leaf = nodes_.find(tree.slabs, landing >> 1);
+  const bool widens = (landing & 1) != 0;
+  const bool fits =
+      leaf && (widens ? may_ask_for_more(*leaf)
+                      : !nodes_.hot(*leaf).has_children() || nodes_.hot(*leaf).is_asked());
+  if (!fits) {
+    tree.stopped = StopReason::kScript;
+    return false;
+  }
+  pending.path.clear();
+  for (NodeIndex node = *leaf; node != tree.root; node = nodes_.parent(node)) {
+    pending.path.push_back(node);
+    nodes_.hot(node).depart();
+  }
+  pending.path.push_back(tree.root);
+  std::ranges::reverse(pending.path);
+  lanes_.push_back({id, &pending, &nodes_.hot(*leaf), widens});
+  return true;
 }
 
 bool Forest::may_widen(const HotNode& node, NodeIndex index) const {
-  if (config_.widening == 0.0 || node.is_asked() || nodes_.cold(index).is_full) return false;
-  const std::uint32_t children = nodes_.num_children(index);
+  if (!may_ask_for_more(index)) return false;
   const double visits = node.expected_visits() - 1;  // this one does not count
-  return children < config_.max_children &&
-         children < config_.widening * std::pow(visits, config_.widening_alpha);
+  return nodes_.num_children(index) < config_.widening * std::pow(visits, config_.widening_alpha);
 }
 
 Family Forest::family_of(const Tree& tree, NodeIndex parent, bool at_root) const {
@@ -479,6 +557,9 @@ void Forest::land(const Lane& lane, Leaves& leaves, std::size_t max_leaves) {
     tree.pending.drop_newest();
   };
   const bool seen = leaf.expected_visits() > 1;  // by others
+  if (config_.record) {
+    tree.landings.push_back(nodes_.local(lane.pending->path.back()) << 1 | lane.widens);
+  }
   if (lane.widens) {
     moved_to_expanding();
     expand();

@@ -181,10 +181,14 @@ void Forest::widen(Tree& tree, NodeIndex node, const Finding& finding) {
     fresh = merged(finding, first, there);
     more = {.handles = fresh.handles, .priors = fresh.priors, .terminal = fresh.terminal};
   }
-  if (more.handles.empty()) {
-    nodes_.cold(node).is_full = true;
+  Cold& cold = nodes_.cold(node);
+  if (more.handles.empty()) {  // children that are there already may be proposed again by chance
+    cold.misses += 1;
+    const std::uint32_t most = std::min(config_.max_attempts, 255u);
+    cold.is_full = finding.handles.empty() || cold.misses >= most;
     return;
   }
+  cold.misses = 0;
   const auto n = static_cast<std::uint32_t>(more.handles.size());
   nodes_.append_children(node, more.handles);
   furnish(tree, first + there, n, there + n, more);

@@ -197,10 +197,13 @@ void Forest::check_values(const Results& results, const char* op) const {
   }
   const std::size_t channels = n * config_.backup.channels.size();
   require_length(results.channels.size(), channels, op, "channels");
-  for (const double value : results.channels) {
-    require(is_value(value), [&] {
-      return std::string("Forest::") + op + ": channels must be in [-1e300, 1e300], got " +
-             std::to_string(value);
+  for (std::size_t i = 0; i < channels; ++i) {
+    const ChannelConfig& channel = config_.backup.channels[i % config_.backup.channels.size()];
+    const bool multiplies = channel.channel.how == Aggregation::kProduct;
+    require(std::abs(results.channels[i]) <= (multiplies ? 1.0 : kMaxValue), [&] {
+      return std::string("Forest::") + op + ": channels must be in [" +
+             (multiplies ? "-1, 1] where they are multiplied" : "-1e300, 1e300]") + ", got " +
+             std::to_string(results.channels[i]);
     });
   }
   if (!results.outcomes.empty()) require_length(results.outcomes.size(), n, op, "outcomes");
@@ -234,8 +237,8 @@ void Forest::check_children(const Results& results, const char* op) {
     });
     require_length(results.priors.size(), children, op, "priors");
     for (const float prior : results.priors) {
-      require(std::isfinite(prior) && prior >= 0.0f, [&] {
-        return std::string("Forest::") + op + ": priors must be finite and >= 0, got " +
+      require(prior >= 0.0f && prior <= kMaxPrior, [&] {
+        return std::string("Forest::") + op + ": priors must be in [0, 1e30], got " +
                std::to_string(prior);
       });
     }
@@ -397,6 +400,22 @@ void Forest::tell_verdicts(const Verdicts& told) {
   torn_ = false;
 }
 
+// Rewards of rollouts can be larger than 1: their product would have no bound.
+void Forest::check_factors() const {
+  bool multiplies = config_.backup.how == Backup::kProduct;
+  for (const ChannelConfig& channel : config_.backup.channels) {
+    const bool is_small =
+        channel.source == Source::kStep || channel.source == Source::kStart ||
+        (channel.source == Source::kOutcome && config_.reward.outcome_weight <= 1.0);
+    multiplies |= channel.channel.how == Aggregation::kProduct && !is_small;
+  }
+  require(!multiplies, [] {
+    return std::string(
+        "Forest::tell_outcome: the rewards of rollouts may be larger than 1, and these settings "
+        "multiply them; use tell_values or another backup");
+  });
+}
+
 void Forest::check_outcomes(const Outcomes& told) {
   const std::size_t n = told.tickets.size();
   require_length(told.num_steps.size(), n, "tell_outcome", "num_steps");
@@ -428,6 +447,7 @@ void Forest::check_outcomes(const Outcomes& told) {
 
 void Forest::tell_outcome(const Outcomes& told) {
   check_whole();
+  check_factors();
   check_outcomes(told);
   claim(told.tickets, Kind::kVerify);  // none comes twice
   torn_ = true;

@@ -128,6 +128,20 @@ std::uint32_t Nodes::num_children(NodeIndex parent) const {
   return child - first + 1;
 }
 
+std::optional<NodeIndex> Nodes::find(const Slabs& slabs, std::uint32_t local) const {
+  if (local / kSlab >= slabs.count) return std::nullopt;
+  std::uint32_t slab = slabs.first;
+  for (std::uint32_t i = 0; i < local / kSlab; ++i) slab = next_[slab];
+  const std::uint32_t used = slab == slabs.last ? slabs.used : used_[slab];
+  if (local % kSlab >= used) return std::nullopt;
+  const NodeIndex node = slab * kSlab + local % kSlab;
+  if (local == 0) return node;
+  const HotNode& above = hot(parent(node));
+  if (!above.has_children() || node < above.first_child()) return std::nullopt;
+  const bool is_child = node - above.first_child() < num_children(parent(node));
+  return is_child ? std::optional(node) : std::nullopt;
+}
+
 std::vector<NodeIndex> Nodes::all(const Slabs& slabs) const {
   std::vector<NodeIndex> found;
   std::uint32_t slab = slabs.first;

@@ -200,6 +200,7 @@ void config_fields(Io& io, C& c) {
   io.one(c.max_children);
   io.one(c.solver);
   io.one(c.merge_duplicates);
+  io.one(c.record);
   io.choice(c.tickets, TicketMode::kLazy);
   io.one(c.max_in_flight);
   io.one(c.visits_per_flight);
@@ -234,7 +235,7 @@ struct Snapshot::Access {
     io.one(tree.simulations);
     io.one(tree.begun);
     io.one(tree.committed);
-    io.choice(tree.stopped, StopReason::kClosed);
+    io.choice(tree.stopped, StopReason::kScript);
     io.one(tree.blocked);
     io.one(tree.pending.oldest);
     io.one(tree.expanding.oldest);
@@ -246,6 +247,9 @@ struct Snapshot::Access {
     io.one(tree.negatives);
     io.one(tree.bounds.low);
     io.one(tree.bounds.high);
+    io.list(tree.landings);
+    io.list(tree.script);
+    io.one(tree.followed);
   }
 
   template <typename Io, typename D>
@@ -296,6 +300,7 @@ struct Snapshot::Access {
       io.one(cold.own);
       io.one(cold.verdict);
       io.one(cold.is_full);
+      io.one(cold.misses);
     }
   }
 
@@ -464,8 +469,8 @@ struct Snapshot::Access {
     for (Forest::End& end : tree.ends) {
       in.one(end.value);
       in.list(end.channels);
-      require(std::isnan(end.value) || std::abs(end.value) <= kMaxValue,
-              "a value is out of its range");
+      const double most = forest.config_.backup.how == Backup::kProduct ? 1.0 : kMaxValue;
+      require(std::isnan(end.value) || std::abs(end.value) <= most, "a value is out of its range");
       check_channels(forest, end.channels, !std::isnan(end.value));
     }
     const SlabNames slabs = get_nodes(in, forest.nodes_, tree);
@@ -497,6 +502,7 @@ struct Snapshot::Access {
     require(tree.simulations >= 1 && tree.simulations <= kMaxVisits &&
                 tree.begun <= tree.simulations && tree.committed <= tree.begun,
             "the counts of a tree contradict each other");
+    require(tree.followed <= tree.script.size(), "the counts of a tree contradict each other");
     require(is_cost(tree.spent), "the cost of a tree");
     require(!std::isnan(tree.bounds.low) && !std::isnan(tree.bounds.high), "the bounds of a tree");
   }
@@ -504,8 +510,10 @@ struct Snapshot::Access {
   static void check_channels(const Forest& forest, const std::vector<double>& channels, bool are) {
     require(channels.size() == (are ? forest.config_.backup.channels.size() : 0),
             "the channels of a value");
-    for (const double value : channels) {
-      require(std::abs(value) <= kMaxValue, "a value is out of its range");
+    for (std::size_t i = 0; i < channels.size(); ++i) {
+      const Aggregation how = forest.config_.backup.channels[i].channel.how;
+      const double most = how == Aggregation::kProduct ? 1.0 : kMaxValue;
+      require(std::abs(channels[i]) <= most, "a value is out of its range");
     }
   }
 
@@ -598,7 +606,7 @@ struct Snapshot::Access {
     const std::size_t children = pending.handles.size();
     const auto is_unit = [](double x) { return std::abs(x) <= 1.0; };
     const auto is_unit_or_none = [&](double x) { return is_unit(x) || std::isnan(x); };
-    const auto is_prior = [](float x) { return std::isfinite(x) && x >= 0.0f; };
+    const auto is_prior = [](float x) { return x >= 0.0f && x <= kMaxPrior; };
     require((details.priors.empty() ||
              (forest.nodes_.layout().priors && details.priors.size() == children)) &&
                 (details.terminal.empty() || details.terminal.size() == children) &&

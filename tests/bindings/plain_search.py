@@ -129,6 +129,7 @@ class PlainNode:
     asked: bool = False  # an expansion or evaluation of it is out
     closed: bool = False  # nothing below it can change
     full: bool = False  # has all its children
+    misses: int = 0  # tellings in a row that brought nothing new
     end_value: float = math.nan
     own: float = math.nan  # the first value told about it
     verdict: float = math.nan  # a float32
@@ -657,9 +658,11 @@ class PlainTree:
     def commit_expansion(self, node: PlainNode, found: Found) -> None:
         had = bool(node.children)
         if self.add_children(node, found):
+            node.misses = 0
             return
         if had:
-            node.full = True
+            node.misses += 1
+            node.full = not found.handles or node.misses >= self.settings.max_attempts
         elif self.settings.tickets == "lazy" and node is self.root:  # nothing ever says its value
             failed = self.given_up()
             self.make_end(node, failed.value, failed.channel_values)

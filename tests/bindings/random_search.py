@@ -205,12 +205,10 @@ class World:
 
     def value(self, kind: str, rng: random.Random) -> dict[str, Any]:
         outcome = rng.choice(self.habits.outcomes)
-        if kind == "verify" and rng.random() < self.habits.rollouts:
+        if kind == "verify" and self.fits() and rng.random() < self.habits.rollouts:
             steps = tuple(rng.choice((-1.0, 0.0, 1.0, 0.3)) for _ in range(rng.randint(0, 4)))
             start = rng.choice((-1.0, 0.0, 1.0, 0.1))
-            rollout = {"verdicts": steps, "outcome": outcome, "start_verdict": start}
-            if self.fits(rollout):
-                return rollout
+            return {"verdicts": steps, "outcome": outcome, "start_verdict": start}
         return {
             "value": self.number(rng, self.settings.backup),
             "outcome": outcome,
@@ -221,12 +219,12 @@ class World:
         x = rng.choice(self.habits.values)
         return max(-1.0, min(1.0, x)) if how == "product" else x
 
-    def fits(self, rollout: dict[str, Any]) -> bool:
-        """Whether products take its reward."""
+    def fits(self) -> bool:
+        """Whether products take its reward, whatever it is."""
         s = self.settings
-        parts = plain.reward_parts(s.reward, plain.Found(**rollout))
+        small = {"step", "start"} | ({"outcome"} if s.reward.outcome_weight <= 1 else set())
         hows = [("total", s.backup), *((source, how) for source, how, _ in s.channels)]
-        return all(abs(parts[source]) <= 1 for source, how in hows if how == "product")
+        return all(source in small for source, how in hows if how == "product")
 
     # Children.
 

@@ -183,7 +183,7 @@ def test_the_format_is_as_documented():
         (lambda d: b"", "does not begin as one: 0 bytes"),
         (lambda d: b"x" + d[1:], "does not begin as one"),
         (lambda d: d[:8] + b"\x03" + d[9:], "has version 3; this build reads version 2"),
-        (lambda d: d[:-1], r"is cut off or too long: 2014 bytes of 2015"),
+        (lambda d: d[:-1], r"is cut off or too long: 2135 bytes of 2136"),
         (lambda d: d + b"\0", "is cut off or too long"),
         (lambda d: d[:-9] + bytes([d[-9] ^ 1]) + d[-8:], "is damaged: its checksum differs"),
         (lambda d: resealed(d[32:-8]), "is damaged: it ends too early|a list is too long"),

@@ -58,6 +58,7 @@ enum class StopReason : std::uint8_t {
   kBudget,
   kConverged,
   kClosed,  // all of the tree is known
+  kScript,  // landings that were to be followed do not fit what is told
 };
 
 [[nodiscard]] std::string_view name_of(StopReason reason);

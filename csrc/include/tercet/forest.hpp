@@ -55,7 +55,8 @@ constexpr std::uint32_t ordinal_of(Ticket ticket) {
 }
 constexpr bool expands(Ticket ticket) { return (ticket & 1) != 0; }
 
-inline constexpr double kMaxValue = 1e300;        // of size: kMaxVisits of them have a finite sum
+inline constexpr double kMaxValue = 1e300;  // of size: kMaxVisits of them have a finite sum
+inline constexpr float kMaxPrior = 1e30f;
 inline constexpr std::uint32_t kMaxSteps = 4096;  // of a rollout whose verdicts come one by one
 
 // What a leaf is asked for.
@@ -84,6 +85,8 @@ struct ForestConfig {
   // is known whole is stopped.
   bool solver{false};
   bool merge_duplicates{false};  // children with one handle are one child, their priors added
+
+  bool record{false};  // where each descent lands, for landings()
 
   TicketMode tickets{TicketMode::kTogether};
   std::uint32_t max_in_flight{1};               // tickets that bring children; 1 to kMaxInFlight
@@ -216,6 +219,13 @@ class Forest {
   TreeId add_tree(std::int64_t root_handle, std::uint32_t simulations, std::uint64_t seed = 0,
                   const Budget& budget = {});
 
+  // A tree whose descents land where those of another with as many simulations did, as landings()
+  // gave it: the same leaves are asked about in the same order whatever their values, which can so
+  // be told anew.  It ends with them, or stops where one does not fit.  Throws
+  // std::invalid_argument for none, else as above.
+  TreeId add_tree_along(std::int64_t root_handle, std::uint32_t simulations,
+                        std::span<const std::uint32_t> landings, std::uint64_t seed = 0);
+
   // Frees its nodes; its tickets become late ones.  Throws std::out_of_range for an unknown tree.
   void remove_tree(TreeId tree);
 
@@ -235,8 +245,8 @@ class Forest {
   [[nodiscard]] Leaves ask(std::size_t max_leaves);
 
   // Values and children together; values alone; children alone.  Each throws before anything
-  // changes: std::invalid_argument for unequal lengths, a value beyond kMaxValue, a prior that is
-  // not finite or negative, or more than max_children children, BadTicket for a ticket,
+  // changes: std::invalid_argument for unequal lengths, a value beyond kMaxValue, a prior outside
+  // [0, kMaxPrior], or more than max_children children, BadTicket for a ticket,
   // std::length_error where there may not be room for all the children.
   void tell(const Results& results);
   void tell_values(const Results& results);
@@ -262,6 +272,9 @@ class Forest {
   [[nodiscard]] bool is_finished(TreeId tree) const;
   [[nodiscard]] TreeStatus status(TreeId tree) const;
   [[nodiscard]] TreeColumns columns(TreeId tree) const;
+  // Where the descents of a tree landed so far, node << 1 | 1 if to ask for more children; empty
+  // unless the settings say `record`.
+  [[nodiscard]] std::vector<std::uint32_t> landings(TreeId tree) const;
   // The child of the root to take (select.hpp), by its name in Leaves; none while it has none.
   [[nodiscard]] std::optional<std::uint32_t> choice(TreeId tree) const;
   [[nodiscard]] Counters counters() const;
@@ -350,6 +363,9 @@ class Forest {
     Bounds bounds{};
     std::vector<double> noise;            // Gumbel's, of the root's children
     std::vector<std::uint32_t> schedule;  // sequential halving
+    std::vector<std::uint32_t> landings;  // so far, where they are recorded
+    std::vector<std::uint32_t> script;    // landings to follow; empty: by selection
+    std::uint32_t followed{0};            // of them
   };
 
   // What a commit brings.
@@ -390,6 +406,7 @@ class Forest {
   void check_values(const Results& results, const char* op) const;
   void check_children(const Results& results, const char* op);
   void check_leaves(const Results& results, const char* op);
+  void check_factors() const;
   void check_outcomes(const Outcomes& told);
   void check_costs(std::span<const double> costs, std::size_t n, const char* op) const;
   void claim(std::span<const Ticket> tickets, std::optional<Kind> kind);
@@ -399,9 +416,11 @@ class Forest {
   void complete(Ticket ticket);
 
   void set_out(TreeId id);
+  bool follow(TreeId id, Pending& pending);
   void descend();
   template <bool plain>
   bool step_down(Lane& lane);
+  [[nodiscard]] bool may_ask_for_more(NodeIndex node) const;
   [[nodiscard]] bool may_widen(const HotNode& node, NodeIndex index) const;
   [[nodiscard]] Family family_of(const Tree& tree, NodeIndex parent, bool at_root) const;
   void land(const Lane& lane, Leaves& leaves, std::size_t max_leaves);

@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -78,7 +79,8 @@ static_assert(sizeof(HotNode) == 16);
 struct Cold {
   double own{std::numeric_limits<double>::quiet_NaN()};  // the value told for itself
   float verdict{std::numeric_limits<float>::quiet_NaN()};
-  bool is_full{false};  // gets no more children
+  bool is_full{false};     // gets no more children
+  std::uint8_t misses{0};  // askings for more in a row that brought nothing new
 };
 
 // What is kept of each node beside 25 bytes.
@@ -162,6 +164,8 @@ class Nodes {
   [[nodiscard]] std::uint32_t local(NodeIndex i) const {
     return ordinals_[i / kSlab] * kSlab + i % kSlab;
   }
+  // The node of a tree at a position; none where none was made.
+  [[nodiscard]] std::optional<NodeIndex> find(const Slabs& slabs, std::uint32_t local) const;
   // All nodes of a tree in the order of their blocks.
   [[nodiscard]] std::vector<NodeIndex> all(const Slabs& slabs) const;
 
