@@ -6,10 +6,11 @@ Workload: k = 4 children, depth limit 12, a state is a 32-bit hash whose top 24 
 a simulation descends, looks at the leaf, gives it children and backs its value up (mcts and
 treequest make one node per simulation).  Looking is the caller's work and is not counted: the
 seconds are those of ask and tell, of the process, so that a busy machine shows less.  Best and
-median of the repeats; bytes are those of the nodes that exist.
+median of the repeats; bytes are those of the nodes that exist, and what the process grew by.
 """
 
 import argparse
+import os
 import runpy
 import statistics
 import sys
@@ -31,6 +32,9 @@ CASES = [  # trees, simulations of each, settings
     (64, 1024, {}),
     (1024, 1024, {}),
     (64, 1024, {"max_in_flight": 16}),
+    (64, 1024, {"rule": "puct"}),
+    (64, 1024, {"rule": "gumbel"}),
+    (64, 1024, {"backup": "max", "gamma": 0.9}),
     (16, 256, {}),
     (16, 4096, {}),
     (16, 16_384, {}),
@@ -55,6 +59,11 @@ def look(handles: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray
     ends = depth >= DEPTH
     children = mixed(state[~ends, None] + STEP)
     return values, np.where(ends, 0, CHILDREN).astype(np.uint32), children.astype(np.int64).ravel()
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def grow(trees: int, simulations: int, options: dict[str, Any]) -> tuple[Forest, float]:
@@ -105,10 +114,12 @@ def measured(trees: int, simulations: int, options: dict[str, int], repeats: int
         "device": "cpu",
         **environment(tuple(p for _, p in PEERS.values())),
     }
-    rates, forest = [], None
+    rates, grown, forest = [], [], None
     for _ in range(repeats):
         forest = None  # its memory goes before the next one's comes
+        before = resident()
         forest, seconds = grow(trees, simulations, options)
+        grown.append(resident() - before)
         rates.append(forest.counters().simulations / seconds)
     assert forest is not None
     counters = forest.counters()
@@ -122,7 +133,7 @@ def measured(trees: int, simulations: int, options: dict[str, int], repeats: int
     return [
         facts
         | {"side": side, "best_per_s": max(found), "median_per_s": statistics.median(found)}
-        | ({"bytes_per_simulation": per_simulation} if side == "ours" else {})
+        | ({"bytes_per_simulation": per_simulation, "grown": max(grown)} if side == "ours" else {})
         for side, found in sides.items()
     ]
 
@@ -138,15 +149,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "search.jsonl")
     args = parser.parse_args()
-    print(f"{'million simulations per CPU second':58}    best  median  bytes per simulation")
+    print(
+        f"{'million simulations per CPU second':58}    best  median  bytes per simulation, grown by"
+    )
     for trees, simulations, options in CASES:
         lines = measured(trees, simulations, options, args.repeats)
         emit_case(lines, args.out)
         for line in lines:
-            size = line.get("bytes_per_simulation")
+            memory = ""
+            if "grown" in line:
+                memory = f"{line['bytes_per_simulation']:.0f}, {line['grown'] / 1e6:.0f} MB"
             print(
                 f"{line['case'] + ', ' + line['side']:58}{line['best_per_s'] / 1e6:7.3f}"
-                f"{line['median_per_s'] / 1e6:8.3f}  {'' if size is None else f'{size:.0f}'}"
+                f"{line['median_per_s'] / 1e6:8.3f}  {memory}"
             )
             sys.stdout.flush()
     print(not_run())
