@@ -19,7 +19,7 @@ help:
 	@echo "make demo      train GRACE on a small world and show what it learnt (CPU, minutes)"
 	@echo "               again: show it again, or go on; ARGS='--output-dir runs/NEW' starts afresh"
 	@echo "make test      C++ and Python tests, JOBS=2 processes of them (10 minutes)"
-	@echo "make mutation  proof that the tests notice each of many broken lines (an hour; ARGS='--only tree grace_rewards')"
+	@echo "make mutation  proof that the tests notice each of many broken lines (an hour; ARGS='--only forest grace_rewards')"
 	@echo "make lint      formatting, lints and types"
 	@echo "make bench     speed and memory beside the peers, into bench/results/"
 	@echo "make evidence  the three-seed tables of docs/"

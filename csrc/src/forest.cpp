@@ -219,6 +219,7 @@ void Forest::extend(TreeId id, std::uint32_t simulations) {
   });
   torn_ = true;
   tree.simulations += simulations;
+  if (nodes_.hot(tree.root).has_children()) start_root(tree, false);
   settle(tree);
   advance(id);
   torn_ = false;
@@ -249,6 +250,7 @@ std::uint64_t Forest::reallocate() {
         static_cast<std::uint32_t>(std::min<std::uint64_t>(share, kMaxVisits - tree.simulations));
     tree.simulations += more;
     given += more;
+    if (nodes_.hot(tree.root).has_children()) start_root(tree, false);
     settle(tree);
     advance(hard[i]);
   }

@@ -204,7 +204,7 @@ void Forest::start_root(Tree& tree, bool mixes_noise) {
     tree.noise.resize(n);
     for (std::uint32_t i = 0; i < n; ++i) tree.noise[i] = random.gumbel(i);
     tree.schedule =
-        halving_schedule(std::min(select.gumbel_considered, n), std::max(tree.simulations - 1, 1u));
+        halving_schedule(std::min(select.gumbel_considered, n), std::max(tree.simulations, 2u) - 1);
   }
   if (!mixes_noise || select.dirichlet_alpha == 0.0 || !nodes_.layout().priors) return;
   std::array<double, kMaxChildren> noise;

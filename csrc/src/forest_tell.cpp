@@ -288,6 +288,7 @@ void Forest::keep(Pending& pending, const Finding& finding) {
                     finding.cost.is_some();
   if (!more && !pending.details) return;
   Details& details = pending.detailed();
+  details = {};  // parts of a value do not count beside it
   details.priors.assign(finding.priors.begin(), finding.priors.end());
   details.terminal.assign(finding.terminal.begin(), finding.terminal.end());
   details.channels.assign(finding.channels.begin(), finding.channels.end());

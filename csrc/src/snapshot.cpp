@@ -356,7 +356,7 @@ struct Snapshot::Access {
                 "a node has too many children");
         const NodeIndex next = at + nodes.room_of(after - at);
         require(next <= end, "a block of children has no end");
-        for (; after < next; ++after) require(is_empty(nodes.hot(after)), "a node of no block");
+        for (; after < next; ++after) require(is_empty(nodes, after), "a node of no block");
         const NodeIndex parent = check_parent(nodes, slabs, at, next);
         if (at == tree.root) {
           require(parent == at && visits == tree.committed, "the counts of a root");
@@ -408,9 +408,17 @@ struct Snapshot::Access {
     return false;
   }
 
-  static bool is_empty(const HotNode& node) {
+  // As it was made: a child may come to lie there.
+  static bool is_empty(const Nodes& nodes, NodeIndex at) {
+    const HotNode& node = nodes.hot(at);
+    if (nodes.layout().cold) {
+      const Cold& cold = nodes.cold(at);
+      if (!std::isnan(cold.own) || !std::isnan(cold.verdict)) return false;
+      if (cold.is_full || cold.misses != 0) return false;
+    }
     return node.is_leaf() && !node.is_asked() && !node.is_closed() && !node.is_last() &&
-           node.expected_visits() == 0;
+           node.expected_visits() == 0 && node.total == 0.0 &&
+           std::ranges::all_of(nodes.channels(at), [](double held) { return held == 0.0; });
   }
 
   // The one parent of a block.
@@ -487,7 +495,10 @@ struct Snapshot::Access {
       require(hot.in_flight() == flights[forest.nodes_.local(node)],
               "the counts of visits on their way");
       require(hot.is_asked() == asked.contains(node), "a leaf waits for no ticket");
+      flights[forest.nodes_.local(node)] = 0;
     }
+    require(std::ranges::all_of(flights, [](std::uint32_t n) { return n == 0; }),
+            "a ticket's leaf is a node of no block");
     check_waiting(forest, tree);
     if (forest.nodes_.hot(tree.root).has_children()) forest.start_root(tree, false);
     forest.settle(tree);
@@ -499,10 +510,14 @@ struct Snapshot::Access {
     } catch (const std::invalid_argument&) {
       require(false, "a setting is out of its range");
     }
-    require(tree.simulations >= 1 && tree.simulations <= kMaxVisits &&
+    const bool stopped = tree.stopped != StopReason::kRunning;  // it may have given all away
+    require((tree.simulations >= 1 || stopped) && tree.simulations <= kMaxVisits &&
                 tree.begun <= tree.simulations && tree.committed <= tree.begun,
             "the counts of a tree contradict each other");
     require(tree.followed <= tree.script.size(), "the counts of a tree contradict each other");
+    constexpr std::uint32_t kMostIssued = (1u << 31) - 1 - kMaxVisits;  // a ticket holds 31 bits
+    require(tree.pending.oldest <= kMostIssued && tree.expanding.oldest <= kMostIssued,
+            "the number of tickets");
     require(is_cost(tree.spent), "the cost of a tree");
     require(!std::isnan(tree.bounds.low) && !std::isnan(tree.bounds.high), "the bounds of a tree");
   }
