@@ -163,6 +163,8 @@ def test_a_long_label_is_cut_where_one_sees_it_and_counted_in_the_tooltip():
     assert f">{'長' * 13}…<" in svg
     assert f">{'x' * 600}… (4400 more characters)\n" in svg
     assert f">{'長' * 80}\n" in svg
+    accents = "e\u0301" * 26  # as wide as 26 letters
+    assert f">{accents}<" in tree_to_svg(chain(1).columns, [accents, ""])
 
 
 def test_dot_quotes_labels_and_draws_each_edge_once(tmp_path):

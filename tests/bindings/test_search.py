@@ -115,6 +115,21 @@ def test_what_failed_is_asked_again_and_counted():
     assert np.nanmin(given_up.values) == -1
 
 
+def test_several_may_fail_in_one_batch():
+    rng, roots, most = random.Random(5), [(), (1,), (0, 2)], 0
+
+    def look(states):
+        nonlocal most
+        found = [None if rng.random() < 0.5 else queens(state) for state in states]
+        most = max(most, found.count(None))
+        return found
+
+    results = search_many(roots, look, simulations=40, max_attempts=40)
+    assert most > 1
+    for root, result in zip(roots, results, strict=True):
+        assert rows(result) == oracle(root, 40)
+
+
 def test_a_search_is_saved_with_its_forest(tmp_path):
     result = search((), queens, simulations=30)
     result.forest.save(tmp_path / "search.forest")
