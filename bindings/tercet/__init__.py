@@ -6,6 +6,7 @@ Importing this package loads neither torch nor triton; `tercet.kernels` and `ter
 from importlib.metadata import version
 
 from tercet._export import tree_to_dot, tree_to_json, tree_to_svg
+from tercet._log import LogError, LoggedForest
 from tercet._mcts import (
     Cost,
     Counters,
@@ -34,6 +35,8 @@ __all__ = [
     "Forest",
     "LateTicketError",
     "Leaves",
+    "LogError",
+    "LoggedForest",
     "RepeatedTicketError",
     "RewardConfig",
     "RewardForm",
