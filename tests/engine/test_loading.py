@@ -115,6 +115,7 @@ def test_what_is_no_model_fails_before_the_hub_is_asked(tmp_path, monkeypatch):
         (tmp_path / "runs" / "first" / f"checkpoint-{step}").mkdir(parents=True)
     (tmp_path / "runs" / "notes.txt").write_text("")
     here = rf"\(a relative path, looked for in {tmp_path}\)"
+    (tmp_path / "runs" / "first" / "run.lock").touch()  # as any run has
     newest = r"; did you mean runs/first/checkpoint-60\?"
     for path, got in {
         "runs/nothing": rf"no folder runs/nothing {here}; check the path",

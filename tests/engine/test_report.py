@@ -149,6 +149,7 @@ def test_runs_of_one_name_are_called_as_their_own_tables_call_them(tmp_path):
     (tmp_path / "tables.json").write_text(json.dumps(table))
     page = write_report(tmp_path).read_text()
     assert named(page) == ["one (s0/document)", "kept-s0", "any (s1/document)", "kept-s1"]
+    assert write_report(tmp_path, tmp_path / "s0" / "..").read_text() == page  # one folder
 
 
 def test_runs_of_one_name_are_told_apart_and_keep_their_order(tmp_path):
