@@ -9,16 +9,19 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CSRC_BUILD := build/csrc
+FUZZ_BUILD := build/fuzz
+FUZZ_S ?= 20
 GPU_BENCHES := masked_mean contrastive_reward info_nce token_logp linear_logp policy_head packed_forward
 CPU_BENCHES := $(GPU_BENCHES) grace_step
 
-.PHONY: help demo test test-csrc mutation lint bench evidence gpu clean
+.PHONY: help demo test test-csrc test-native mutation lint bench evidence gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train GRACE on a small world and show what it learnt (CPU, minutes)"
 	@echo "               again: show it again, or go on; ARGS='--output-dir runs/NEW' starts afresh"
 	@echo "make test      C++ and Python tests, JOBS=2 processes of them (10 minutes)"
+	@echo "make test-native  the C++ tests and random calls and snapshots under sanitizers, FUZZ_S=20 seconds of each"
 	@echo "make mutation  proof that the tests notice each of many broken lines (an hour; ARGS='--only forest grace_rewards')"
 	@echo "make lint      formatting, lints and types"
 	@echo "make bench     speed and memory beside the peers, into bench/results/"
@@ -46,6 +49,12 @@ test-csrc: $(INSTALLED)
 	$(BIN)/cmake -S csrc -B $(CSRC_BUILD) -DTERCET_BUILD_TESTS=ON -DTERCET_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug
 	$(BIN)/cmake --build $(CSRC_BUILD)
 	$(BIN)/ctest --test-dir $(CSRC_BUILD) --output-on-failure
+
+test-native: test-csrc
+	$(BIN)/cmake -S csrc -B $(FUZZ_BUILD) -DTERCET_BUILD_TESTS=ON -DTERCET_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake --build $(FUZZ_BUILD) --target fuzz_tell fuzz_snapshot
+	$(FUZZ_BUILD)/fuzz_tell -max_total_time=$(FUZZ_S)
+	$(FUZZ_BUILD)/fuzz_snapshot -max_total_time=$(FUZZ_S)
 
 mutation: $(INSTALLED)
 	$(BIN)/python tests/mutation.py $(ARGS)

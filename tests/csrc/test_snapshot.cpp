@@ -209,6 +209,7 @@ class Map {
     for (const char* name : {"max_children"}) skip(name, 4);
     skip("solver", 1);
     skip("merge_duplicates", 1);
+    skip("record", 1);
     const bool apart = how("tickets") > 0;
     has_cold_ = apart || widens || bytes_[places_["rule"]] == 3;
     for (const char* name :
@@ -239,6 +240,9 @@ class Map {
     cost(of + "spent.");
     for (const char* name : {"evaluations", "positives", "negatives"}) skip(of + name, 4);
     doubles(of, {"low", "high"});
+    list(of + "landings", 4);
+    list(of + "script", 4);
+    skip(of + "followed", 4);
     const auto ends = count(of + "ends");
     for (std::uint64_t i = 0; i < ends; ++i) {
       const std::string end = of + "end." + std::to_string(i);
@@ -274,6 +278,7 @@ class Map {
       skip(of + "own." + std::to_string(i), 8);
       skip(of + "verdict." + std::to_string(i), 4);
       skip(of + "full." + std::to_string(i), 1);
+      skip(of + "misses." + std::to_string(i), 1);
     }
   }
 
@@ -394,7 +399,7 @@ void contradictions_are_refused() {
   for (const double bad : {-1.0, kNan}) c.refuses("c_uct", bad, "a setting");
   c.refuses("rule", u8{4}, "a choice is not one of its names");
   c.refuses("tickets", u8{3}, "a choice is not one of its names");
-  c.refuses("0.stopped", u8{7}, "a choice is not one of its names");
+  c.refuses("0.stopped", u8{8}, "a choice is not one of its names");
   c.refuses("trees", u64{1} << 40, "a list is too long");
   c.refuses("channels", u64{1} << 40, "a list is too long");
   c.refuses("0.ends", u64{1} << 61, "a list is too long");
@@ -406,6 +411,7 @@ void contradictions_are_refused() {
   c.refuses("0.simulations", tercet::kMaxVisits + 1, counts);
   c.refuses("0.simulations", u32{4}, counts);
   c.refuses("0.begun", u32{1}, counts);
+  c.refuses("0.followed", u32{1}, counts);
   c.refuses("0.budget.tokens", 0.0, "a setting");
   c.refuses("budget.tokens", -1.0, "a setting");
   for (const double bad : {-1.0, kNan}) c.refuses("0.spent.tool_calls", bad, "the cost of a tree");
@@ -427,6 +433,7 @@ void contradictions_are_refused() {
   c.refuses("0.link.10", kClosed, "a node of no block");
   c.refuses("0.link.10", link_to(4), "a node of no block");
   for (const u32 one : {1u, kVisit}) c.refuses("0.counts.11", one, "a node of no block");
+  c.refuses("0.total.11", 0.5, "a node of no block");
   c.refuses("0.parent.8", u32{4}, "siblings have two parents");
   c.refuses("0.parent.4", u32{64}, "outside its tree");
   c.refuses("0.parent.0", u32{4}, "the counts of a root");
@@ -455,6 +462,10 @@ void contradictions_are_refused() {
   }
 
   c.refuses("0.begun", u32{6}, "the number of tickets");
+  for (const char* oldest : {"0.oldest", "0.oldest_expand"}) {  // more than a ticket can say
+    c.refuses(oldest, u32{1} << 31, "the number of tickets");
+    c.refuses(oldest, ~u32{0}, "the number of tickets");
+  }
   c.refuses("0.pending", u64{2}, "the number of tickets");
   c.refuses("max_in_flight", u32{2}, "the number of tickets");
   c.refuses("0.pending.0.leaf", u32{8}, "a ticket's leaf does not wait");
@@ -467,7 +478,7 @@ void contradictions_are_refused() {
   c.refuses("0.pending.0.state", u8{1}, "the state of a ticket");
   c.refuses("0.pending.0.state", u8{5}, "a choice is not one of its names");
   const std::string waits = "waits for what was told";
-  for (const u8 state : {3, 4}) {  // told, cancelled
+  for (const u8 state : {u8{3}, u8{4}}) {  // told, cancelled
     c.refuses("0.pending.0.state", state, waits);
     c.refuses({c.set("0.blocked", u8{1}), c.set("max_in_flight", u32{4}),
                c.set("0.pending.0.state", state)},
@@ -505,6 +516,102 @@ void children_before_their_parents_are_refused() {
        c.set("0.link.4", kLast), c.set("0.total.8", 0.5), c.set("0.counts.8", kVisit),
        c.set("0.link.8", link_to(4) | kLast), c.set("0.parent.4", 8u), c.set("0.parent.8", 0u)},
       "not its parent's child");
+}
+
+constexpr tercet::Ticket verify(u32 n) { return ticket_of(0, n, false); }
+constexpr tercet::Ticket expand(u32 n) { return ticket_of(0, n, true); }
+
+// A root with children 4 to 7.  Tickets for values are out at 6, an end, of whose three steps one
+// has a verdict, and told at 7; of those to expand, one is out at 4 and one told at 5.
+tercet::Bytes lazy() {
+  tercet::ForestConfig config;
+  config.select.rule = tercet::Rule::kPuct;
+  config.tickets = tercet::TicketMode::kLazy;
+  config.backup.channels = {{tercet::Source::kStep, {}}, {tercet::Source::kTotal, {}}};
+  config.max_in_flight = 2;
+  config.visits_per_flight = 1;
+  config.max_unverified = 3;
+  Forest forest(config);
+  forest.add_tree(7, 20);
+  const auto tell_children = [&](tercet::Ticket ticket, std::vector<std::int64_t> handles,
+                                 std::vector<float> priors, std::vector<u8> terminal) {
+    const auto n = static_cast<u32>(handles.size());
+    forest.tell_children({{&ticket, 1}, {}, {&n, 1}, handles, priors, terminal});
+  };
+  const auto tell_value = [&](tercet::Ticket ticket) {
+    const double value = 0.5, channels[] = {0.25, 0.75};
+    forest.tell_values({{&ticket, 1}, {&value, 1}, {}, {}, {}, {}, {}, channels});
+  };
+  const auto ask = [&](std::size_t n) { CHECK(forest.ask(9).size() == n); };
+  ask(1);
+  tell_children(expand(0), {10, 11, 12, 13}, {0.25f, 0.25f, 0.25f, 0.25f}, {0, 0, 1, 0});
+  ask(3);
+  tell_value(verify(0));
+  ask(1);
+  tell_value(verify(1));
+  ask(2);
+  const tercet::Ticket ticket = verify(2);
+  const u32 step = 1, steps = 3;
+  const double verdict = 0.5, outcome = 1.0, start = 0.25;
+  forest.tell_verdicts({{&ticket, 1}, {&step, 1}, {&verdict, 1}});
+  forest.tell_outcome({{&ticket, 1}, {&steps, 1}, {&outcome, 1}, {&start, 1}});
+  tell_value(verify(3));
+  tell_children(expand(2), {20, 21}, {0.5f, 0.5f}, {0, 1});
+  return Snapshot::of(forest);
+}
+
+void parts_of_answers_are_checked() {
+  const Case c(lazy());
+  CHECK(c.get<u64>("0.pending") == 2 && c.get<u64>("0.expanding") == 2);
+  CHECK(c.get<u32>("0.pending.0.leaf") == 6 && c.get<u32>("0.expanding.1.leaf") == 5);
+  c.refuses_more("0.end.0.channels", 0.5, "the channels of a value");
+  c.refuses("0.end.0", 0.5, "the channels of a value");
+  for (const float bad : {-1.0f, std::nanf("")}) c.refuses("0.prior.4", bad, "a prior");
+  c.refuses("0.own.4", kGreat, "a value is out of its range");
+  for (const double bad : {kNan, 2 * kGreat * tercet::kMaxVisits}) {
+    c.refuses("0.channels.4", bad, "a value is out of its range");
+  }
+  c.refuses("0.full.4", u8{1}, "gets no more children");
+  c.refuses("0.full.0", u8{1}, "gets no more children");  // nothing widens
+  const std::string no_block = "a node of no block";
+  for (const char* column : {"0.total.1", "0.channels.1", "0.own.2"}) {
+    c.refuses(column, 0.5, no_block);
+  }
+  c.refuses("0.verdict.3", 0.5f, no_block);
+  for (const char* column : {"0.full.3", "0.misses.3"}) c.refuses(column, u8{1}, no_block);
+  c.refuses({c.set("0.pending.0.leaf", u32{1}), c.set("0.counts.6", u32{0})}, no_block);
+  c.refuses("0.counts.6", kVisit | 1u, "an end has no value");
+  c.refuses("0.counts.4", 2 * kVisit | 1u, "the counts of a leaf");
+  c.refuses("0.expanding.0.leaf", u32{6}, "a ticket's leaf does not wait");  // an end
+  c.refuses("0.expanding.0.leaf", u32{7}, "a ticket's leaf does not wait");
+  c.refuses("0.expanding.0.leaf", u32{0}, "a ticket's leaf does not wait");  // has children
+  c.refuses("0.expanding.0.leaf", u32{5}, "two tickets have one leaf");
+  c.refuses("max_unverified", u32{1}, "the number of tickets");
+  c.refuses("max_in_flight", u32{1}, "the number of tickets");
+
+  c.refuses_more("0.pending.1.channels", 0.5, "the channels of a value");
+  c.refuses("0.pending.1.channels.0", kGreat, "a value is out of its range");
+  c.refuses_more("0.pending.0.channels", 0.5, "the channels of a value");  // not told yet
+  c.refuses_more("0.expanding.1.channels", 0.5, "the channels of a value");
+  c.refuses("0.pending.1.state", u8{0}, "the channels of a value");
+  const std::string parts = "the parts of a value";
+  c.refuses("0.pending.0.verdicts.1", 1.5, parts);
+  c.refuses("0.pending.0.outcome", -1.5, parts);
+  for (const double bad : {1.5, kNan}) c.refuses("0.pending.0.start", bad, parts);
+  c.refuses("0.pending.0.cost.tokens", -1.0, parts);
+  c.refuses("0.pending.0.steps", u32{4}, parts);
+  c.refuses_more("0.pending.0.verdicts", 0.5, parts);
+  c.refuses_more("0.expanding.1.verdicts", 0.5, parts);
+  c.refuses({c.set("0.pending.0.verdicts.0", 0.5), c.set("0.pending.0.verdicts.2", -0.5)},
+            "a value that is complete");
+  const std::string children = "the children that a ticket was told";
+  c.refuses_more("0.expanding.1.priors", 0.5f, children);
+  c.refuses_more("0.expanding.1.terminal", u8{0}, children);
+  c.refuses("0.expanding.1.priors.1", -0.5f, children);
+  c.refuses("0.expanding.1.priors.1", std::nanf(""), children);
+  c.refuses_more("0.pending.0.handles", std::int64_t{1}, "what was told of a ticket");
+  c.refuses("max_children", u32{1}, "too many children");
+  c.refuses("0.expanding.0.state", u8{3}, "waits for what was told");
 }
 
 void lists_of_the_wrong_length_are_refused() {
@@ -651,6 +758,7 @@ int main() {
   every_shorter_file_is_refused();
   contradictions_are_refused();
   children_before_their_parents_are_refused();
+  parts_of_answers_are_checked();
   lists_of_the_wrong_length_are_refused();
   headers_that_do_not_fit_are_refused();
   too_little_room_is_said();
