@@ -26,6 +26,7 @@ from tercet._mcts import (
     rollout_reward,
     rollout_rewards,
 )
+from tercet._rescore import Rescored, rescore
 from tercet._search import SearchResult, search, search_many
 
 __version__ = version("tercet")
@@ -38,6 +39,7 @@ __all__ = [
     "LogError",
     "LoggedForest",
     "RepeatedTicketError",
+    "Rescored",
     "RewardConfig",
     "RewardForm",
     "SearchResult",
@@ -49,6 +51,7 @@ __all__ = [
     "TreeStatus",
     "UnknownTicketError",
     "__version__",
+    "rescore",
     "rollout_reward",
     "rollout_rewards",
     "search",

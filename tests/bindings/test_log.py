@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import tercet._log as log
-from tercet import Forest, LogError, LoggedForest, TicketError
+from tercet import Forest, LogError, LoggedForest, RewardConfig, RewardForm, TicketError, rescore
 
 HERE = Path(__file__).parent
 rules = SimpleNamespace(**runpy.run_path(str(HERE / "test_forest_rules.py")))
@@ -398,3 +399,293 @@ def test_a_log_keeps_its_settings_and_has_one_writer(tmp_path):
         assert forest.settings["rule"] == "puct"
     with pytest.raises(LogError, match="is closed"):
         forest.recall()
+
+
+# Told anew.
+
+
+def told_by_the_world(along: LoggedForest, tree: Any, settings: dict[str, Any]) -> Forest:
+    """The tree once more, told by its world instead of its log."""
+    forest = Forest(**settings)
+    landings, simulations = along.landings(0), along.status(0).simulations
+    forest.add_tree_along(tree.root_handle, simulations, landings, seed=tree.seed)
+    return rules.drive(forest, {0: tree}, random.Random(1))
+
+
+def shown(forest: Forest | LoggedForest) -> dict[str, bytes]:
+    columns = forest.columns(0)
+    names = [name for name in dir(columns) if not name.startswith("_")]
+    return {name: getattr(columns, name).tobytes() for name in names}
+
+
+def other_backup(settings: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    hows = {settings["backup"], *(how for _, how, _ in settings["channels"])}
+    changed: dict[str, Any] = {"unfinished": "unobserved", "failed_value": 0.125}
+    changed["backup"] = rng.choice(("mean", "sum", "max", "min", "last", "children"))
+    changed["gamma"] = 1.0 if changed["backup"] == "children" else rng.choice((0.0, 0.7, 1.0))
+    if "product" not in hows:
+        changed["reward"] = rng.choice(
+            (
+                RewardConfig(form=RewardForm.released, add_start_verdict=True),
+                RewardConfig(outcome_weight=0.25, step_decay=0.5, truncated_outcome=-0.5),
+            )
+        )
+    changed["channels"] = [
+        (source, how, rng.choice((0.5, 1.0))) for source, how, _ in settings["channels"]
+    ]
+    return changed
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_a_search_told_anew_is_one_that_is_told_the_same(tmp_path, first):
+    for seed in range(first, first + 50):
+        path = tmp_path / f"{seed}.log"
+        forest, tree = logged_search(path, seed)
+        with forest:
+            same = rescore(path)
+            assert shown(same.forest) == shown(forest), seed
+            assert (same.trees, same.unknown, same.ended, same.torn_bytes) == ({0: 0}, 0, set(), 0)
+            changed = other_backup(forest.settings, random.Random(seed))
+            anew = rescore(path, **changed)
+            wanted = told_by_the_world(forest, tree, anew.forest.settings)
+            assert shown(anew.forest) == shown(wanted), seed
+            assert anew.unknown == 0
+            assert anew.answered == same.answered
+            assert anew.forest.is_finished(0)
+
+
+def other_choice(settings: Any, rng: random.Random) -> dict[str, Any]:
+    """Of children; nothing that decides whether priors are read."""
+    return {
+        "c_uct": rng.choice((0.0, 0.1, 2.0)),
+        "c_init": rng.choice((0.1, 3.0)),
+        "min_max": rng.choice((settings.min_max, "siblings")),
+        "gumbel_value_scale": rng.choice((0.3, 5.0)),
+        "virtual_loss": rng.choice((settings.virtual_loss, 0.5)),
+        "dual_target": rng.random() < 0.3,
+        "solver": rng.random() < 0.5,
+    }
+
+
+def test_a_free_search_is_a_new_one_as_far_as_the_log_knows(tmp_path):
+    known = unknown = others = 0
+    for seed in range(300):
+        path = tmp_path / f"{seed}.log"
+        forest, tree = logged_search(path, seed)
+        forest.close()
+        same = rescore(path, along=False)
+        assert same.unknown == 0, seed
+        assert shown(same.forest) == shown(forest), seed
+        changed = other_choice(tree.settings, random.Random(seed))
+        other = rules.worlds.plain.PlainTree(
+            tree.look,
+            root_handle=tree.root_handle,
+            simulations=tree.simulations,
+            settings=replace(tree.settings, **changed),
+            budgets=tree.budgets,
+            seed=tree.seed,
+        )
+        fresh = Forest(**rules.forest_of(other.settings).settings | {"record": True})
+        rules.add(fresh, other)
+        fresh = rules.drive(fresh, {0: other}, random.Random(1))
+        free = rescore(path, along=False, **changed)
+        if free.unknown:
+            unknown += 1
+            assert (free.unknown, free.ended) == (1, {0})
+            landings = free.forest.landings(0)
+            assert landings.tolist() == fresh.landings(0)[: len(landings)].tolist(), seed
+            assert free.forest.status(0).stop_reason != "simulations"
+            assert free.forest.counters().in_flight == 0
+        else:
+            known += 1
+            others += shown(fresh) != shown(same.forest)
+            assert shown(free.forest) == shown(fresh), seed
+    assert known > 100
+    assert unknown > 10
+    assert others > 20, others
+
+
+def test_a_known_tree_under_another_gamma(tmp_path):
+    with LoggedForest(tmp_path / "a.log") as forest:
+        forest.add_tree(1, 3)
+        for value in (0.5, 1.0, -1.0):
+            tell(forest, forest.ask(1), value)
+        anew = rescore(tmp_path / "a.log", gamma=0.5)  # while it is open
+        assert forest.columns(0).total[:3].tolist() == [0.5, 1.0, -1.0]
+        assert anew.forest.columns(0).total[:3].tolist() == [0.5 + 0.5 - 0.5, 1.0, -1.0]
+        anew = rescore(tmp_path / "a.log", backup="max", gamma=0.25)
+        assert anew.forest.columns(0).total[:3].tolist() == [0.5, 1.0, -1.0]
+
+
+def rollouts(path: Path) -> LoggedForest:
+    """A tree whose root has a reward of verdicts 1, -1, -1 and outcome 1, in two portions."""
+    forest = LoggedForest(path, tickets="apart", channels=[("outcome", "sum", 1.0)])
+    forest.add_tree(1, 1)
+    leaves = forest.ask(4)
+    to_expand = leaves.kind == 1
+    none = np.zeros(0, np.int64)
+    forest.tell_children(leaves.ticket[to_expand], np.zeros(1, np.uint32), none)
+    ticket = leaves.ticket[~to_expand]
+    forest.tell_verdicts(ticket, np.array([2], np.uint32), np.array([0.25]))
+    forest.fail(ticket, costs=np.ones((1, 4)))  # and the verdict is gone
+    forest.ask(4)
+    forest.tell_verdicts(ticket, np.array([0], np.uint32), np.array([0.5]))
+    forest.recall()
+    forest.ask(4)
+    forest.tell_verdicts(ticket, np.array([1], np.uint32), np.array([-1.0]))
+    forest.tell_outcome(ticket, np.array([3], np.uint32), np.ones(1), costs=np.ones((1, 4)))
+    steps = np.array([0, 2], np.uint32)
+    forest.tell_verdicts(ticket.repeat(2), steps, np.array([1.0, -1.0]))
+    return forest
+
+
+def test_another_reward_counts(tmp_path):
+    path = tmp_path / "a.log"
+    rollouts(path).close()
+    same = rescore(path)
+    assert same.forest.columns(0).total.tolist() == [1.0]  # (1 - 1) / 2 + 1
+    assert same.forest.status(0).spent.tokens == 2
+    assert same.answered == 3
+    anew = rescore(
+        path,
+        reward=RewardConfig(form=RewardForm.released),
+        channels=[("step", "mean", 1.0), ("outcome", "mean", 1.0)],
+    )
+    assert anew.forest.columns(0).total.tolist() == [0.75]  # (1 - 1/2) / 2 + 1/2
+    assert anew.forest.columns(0).channels.tolist() == [[0.25, 0.5]]
+
+
+def test_values_of_channels_go_to_the_same_source(tmp_path):
+    path = tmp_path / "a.log"
+    sources = ("value", "step", "value")
+    with LoggedForest(path, channels=[(source, "sum", 1.0) for source in sources]) as forest:
+        forest.add_tree(1, 1)
+        none = np.zeros(0, np.int64)
+        channels = np.array([[1.0, 2.0, 3.0]])
+        counts = np.zeros(1, np.uint32)
+        forest.tell(forest.ask(1).ticket, np.zeros(1), counts, none, channels=channels)
+    for wanted, held in (("step",), [2.0]), (("step", "value", "value"), [2.0, 1.0, 3.0]):
+        anew = rescore(path, channels=[(source, "max", 0.5) for source in wanted])
+        assert anew.forest.columns(0).channels.tolist() == [held]
+    with pytest.raises(ValueError, match="channel 1 is of 'step'"):
+        rescore(path, channels=[("step", "sum", 1.0), ("step", "mean", 1.0)])
+    assert rescore(path, channels=()).forest.columns(0).channels.size == 0
+
+
+def test_what_was_not_answered_ends_its_tree(tmp_path):
+    path = tmp_path / "a.log"
+    forest = LoggedForest(path)
+    first, second = (forest.add_tree(root, 4) for root in (1, 2))
+    tell(forest, forest.ask(2))
+    leaves = forest.ask(2)
+    assert leaves.tree.tolist() == [first, second]
+    never = forest.add_tree(3, 4)
+    forest.tell(leaves.ticket[:1], np.ones(1), np.zeros(1, np.uint32), np.zeros(0, np.int64))
+    forest.remove_tree(first)
+    forest.close()
+    with open(path, "ab") as file:
+        file.write(b"torn")
+    for along in (True, False):
+        found = rescore(path, along=along)
+        assert found.trees == {first: 0, second: 1, never: 2}
+        assert found.ended == ({second, never} if along else {first, second, never})
+        assert (found.unknown, found.answered, found.torn_bytes) == (len(found.ended), 3, 4)
+        assert [found.forest.status(i).committed for i in range(3)] == [2, 1, 0]
+        assert found.forest.counters().in_flight == 0
+    assert rescore(path, trees=[second]).trees == {second: 0}
+
+
+def grown(path: Path, when: str) -> LoggedForest:
+    forest = LoggedForest(path, max_in_flight=4, visits_per_flight=1)
+    tree = forest.add_tree(1, 10)
+    rng = random.Random(3)
+    while len(leaves := forest.ask(rng.randint(1, 4))):
+        committed = forest.status(tree).committed
+        if when == "early" and committed >= 3:
+            forest.extend(tree, 7)
+            when = ""
+        if when == "late" and committed + forest.status(tree).in_flight == 10:
+            forest.extend(tree, 7)
+            when = ""
+        values = leaves.handle * 0x9E3779B97F4A7C % 97 / 97
+        handles = np.repeat(leaves.handle * 3 % 99991, 3) + np.tile([1, 2, 3], len(leaves))
+        forest.tell(leaves.ticket, values, np.full(len(leaves), 3, np.uint32), handles)
+        if when == "finished" and forest.is_finished(tree):
+            forest.extend(tree, 7)
+            when = ""
+    assert when == ""
+    return forest
+
+
+def test_trees_that_were_extended(tmp_path):
+    for when in ("early", "finished"):
+        path = tmp_path / f"{when}.log"
+        forest = grown(path, when)
+        forest.close()
+        assert forest.status(0).committed == 17
+        for along in (True, False):
+            found = rescore(path, along=along)
+            assert shown(found.forest) == shown(forest)
+            assert found.unknown == 0
+    with pytest.raises(ValueError, match="tree 0 was extended while it ran"):
+        rescore(tmp_path / "early.log", along=False, stop_converged=True)
+    grown(tmp_path / "late.log", "late").close()
+    for along in (True, False):
+        with pytest.raises(ValueError, match="tree 0 was extended when all its simulations"):
+            rescore(tmp_path / "late.log", along=along)
+
+
+def test_simulations_of_others_and_new_roots(tmp_path):
+    path = tmp_path / "a.log"
+    with LoggedForest(path, stop_correct=True) as forest:
+        easy, hard = (forest.add_tree(root, 12) for root in (1, 2))
+
+        def run() -> None:
+            while len(leaves := forest.ask(9)):
+                solved = np.where((leaves.tree == easy) & (leaves.depth == 2), 1.0, np.nan)
+                children = np.repeat(leaves.handle * 10, 2) + np.tile([1, 2], len(leaves))
+                counts = np.full(len(leaves), 2, np.uint32)
+                values = leaves.handle % 7 / 7
+                forest.tell(leaves.ticket, values, counts, children, outcomes=solved)
+
+        run()
+        assert forest.reallocate() > 0
+        run()
+        found = rescore(path, backup="max")
+        for tree in (easy, hard):
+            columns = found.forest.columns(found.trees[tree])
+            assert columns.visits.tolist() == forest.columns(tree).visits.tolist()
+        with pytest.raises(ValueError, match="tree 0 took part in reallocate"):
+            rescore(path, along=False)
+        choice = forest.choice(hard)
+        assert choice is not None
+        forest.reroot(hard, choice, 2)
+        run()
+        with pytest.raises(ValueError, match=r"tree 1 was re-rooted.*trees= leaves it out"):
+            rescore(path)
+        assert rescore(path, trees=[easy]).trees == {easy: 0}
+
+
+def test_what_cannot_be_told_anew_is_refused(tmp_path):
+    path = tmp_path / "a.log"
+    with LoggedForest(path, nodes=1000.0) as forest:
+        forest.add_tree(1, 3)
+        while len(leaves := forest.ask(1)):
+            tell(forest, leaves, 2.0)
+    with pytest.raises(ValueError, match="c_uct, widening may change what is asked about"):
+        rescore(path, c_uct=0.5, widening=1.0, gamma=0.5)
+    assert rescore(path, c_uct=forest.settings["c_uct"]).unknown == 0
+    with pytest.raises(ValueError, match=r"nodes bound all trees.*give nodes=None"):
+        rescore(path, along=False)
+    assert rescore(path, along=False, nodes=None).unknown == 0
+    with pytest.raises(ValueError, match="where they are multiplied"):
+        rescore(path, backup="product")
+    with pytest.raises(ValueError, match="channel 0 is of 'step', of which nothing was told"):
+        rescore(path, channels=[("step", "mean", 1.0)])
+    with pytest.raises(TypeError, match="c_utc"):
+        rescore(path, c_utc=1.0)
+    with pytest.raises(IndexError, match="no tree 7"):
+        rescore(path, trees=[7])
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match="ends before its settings"):
+        rescore(path)
