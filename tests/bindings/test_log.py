@@ -366,6 +366,21 @@ def test_lengths_of_strangers_are_bounded(tmp_path):
         LoggedForest(path)
 
 
+def test_other_leaves_and_strange_truth_values_are_refused(tmp_path):
+    path = tmp_path / "a.log"
+    small_log(path)
+    payloads = payloads_of(path)
+    other = payloads[2][:-9] + (1).to_bytes(9, "little")  # the checksum of the leaves
+    forged(path, *payloads[:2], other)
+    with pytest.raises(LogError, match="hands out other leaves"):
+        LoggedForest(path)
+    shape = struct.pack("<BBBQ", log.ARRAY, log.DTYPES.index(np.dtype(bool)), 1, 2)
+    assert payloads[3].count(shape + bytes(2)) == 1
+    forged(path, *payloads[:3], payloads[3].replace(shape + bytes(2), shape + b"\0\2"))
+    with pytest.raises(LogError, match="truth values"):
+        LoggedForest(path)
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "a.log"
     for data, match in (
