@@ -301,8 +301,8 @@ Forest with_three_out(ForestConfig config = three_at_once()) {
 void leaves_say_where_they_lie() {
   Forest forest(three_at_once());
   forest.add_tree(6, 20);
+  forest.add_tree(7, 20);  // in the second slab
   forest.remove_tree(0);
-  forest.add_tree(7, 20);
   const Leaves root = forest.ask(9);
   CHECK(root.size() == 1 && root.ticket[0] == nth(0, 1) && root.tree[0] == 1);
   CHECK(root.node[0] == 0 && root.depth[0] == 0 && root.handle[0] == 7 && root.attempt[0] == 1);

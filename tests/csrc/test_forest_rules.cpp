@@ -857,6 +857,10 @@ void settings_at_odds_are_refused() {
   refuses({.budget = {.tokens = 0.0}});
   refuses({.backup = {.gamma = 2.0}});
   refuses({.reward = {.outcome_weight = -1.0}});
+  refuses({.reward = {.outcome_weight = 1e300}});
+  refuses({.backup = {.how = tercet::Backup::kProduct}, .failed_value = -1.5});
+  refuses({.backup = {.channels = {{.channel = {.how = tercet::Aggregation::kProduct}}}},
+           .failed_value = 1.5});
   Forest forest({});
   CHECK_THROWS(forest.add_tree(1, 5, 0, {.nodes = -1.0}), std::invalid_argument);
   CHECK(forest.counters().trees == 0);

@@ -179,6 +179,39 @@ void trees_of_many_slabs_share_two_chunks() {
   }
 }
 
+// A root with two children, of which the second has two of its own.
+void a_copied_subtree_has_all_columns() {
+  Nodes nodes(3 * kChunkBytes, {.priors = true, .cold = true, .channels = 2});
+  Slabs slabs, copied;
+  const NodeIndex root = nodes.add_root(slabs, 1);
+  const NodeIndex second = nodes.add_children(slabs, root, handles(2, 10)) + 1;
+  const NodeIndex below = nodes.add_children(slabs, second, handles(2, 20));
+  for (const NodeIndex node : {second, below, below + 1}) {
+    nodes.hot(node).depart();
+    nodes.hot(node).arrive(node);
+    *nodes.priors(node) = static_cast<float>(node) / 64.0f;
+    nodes.cold(node).own = node + 0.5;
+    nodes.cold(node).is_full = node == second;
+    nodes.channels(node)[0] = node + 0.25;
+    nodes.channels(node)[1] = node + 0.75;
+  }
+  nodes.hot(below).set_closed();
+  const NodeIndex top = nodes.copy(nodes.all(slabs), second, copied);
+  CHECK(nodes.local(top) == 0 && nodes.parent(top) == top && nodes.hot(top).is_last());
+  CHECK(nodes.all(copied).size() == 3 && nodes.num_children(top) == 2);
+  const NodeIndex first = nodes.hot(top).first_child();
+  CHECK(first != below && nodes.parent(first) == top && nodes.parent(first + 1) == top);
+  const NodeIndex pairs[][2] = {{second, top}, {below, first}, {below + 1, first + 1}};
+  for (const auto& [from, to] : pairs) {
+    CHECK(nodes.handle(to) == nodes.handle(from) && nodes.hot(to).total == from);
+    CHECK(nodes.hot(to).visits() == 1 && *nodes.priors(to) == *nodes.priors(from));
+    CHECK(nodes.cold(to).own == from + 0.5 && nodes.cold(to).is_full == (from == second));
+    CHECK(nodes.channels(to)[0] == from + 0.25 && nodes.channels(to)[1] == from + 0.75);
+  }
+  CHECK(nodes.hot(first).is_closed() && !nodes.hot(first).is_last());
+  CHECK(nodes.hot(first + 1).is_last() && !nodes.hot(first + 1).is_closed());
+}
+
 void a_reservation_may_need_several_chunks() {
   Nodes nodes(2 * kChunkBytes);
   nodes.reserve(Nodes::kChunk / Nodes::kSlab + 1);
@@ -190,6 +223,7 @@ void a_reservation_may_need_several_chunks() {
 int main() {
   a_reservation_may_need_several_chunks();
   memory_that_was_used_looks_like_new();
+  a_copied_subtree_has_all_columns();
   trees_of_many_slabs_share_two_chunks();
   counts_and_links_share_eight_bytes();
   a_layout_adds_columns_and_room_to_grow();
