@@ -315,6 +315,13 @@ void leaves_say_where_they_lie() {
   CHECK(forest.columns(1).in_flight == (std::vector<std::uint32_t>{1, 1, 0}));
 }
 
+void a_full_batch_leaves_other_trees_alone() {
+  Forest forest({});
+  for (int tree = 0; tree < 3; ++tree) forest.add_tree(tree, 5);
+  CHECK(forest.ask(2).tree == (std::vector<tercet::TreeId>{0, 1}));
+  CHECK(forest.columns(2).in_flight[0] == 0 && forest.status(2).in_flight == 0);
+}
+
 void results_wait_for_older_ones() {
   Forest forest = with_three_out();
   tell_one(forest, nth(4), 1.0, 2);
@@ -419,6 +426,8 @@ void removed_trees_make_room() {
   CHECK_THROWS(forest.add_tree(1, 5), std::length_error);
   forest.remove_tree(0);
   forest.add_tree(1, 5);
+  CHECK_THROWS(forest.add_tree(1, 5), std::length_error);
+  tell_one(forest, forest.ask(1).ticket.at(0), 0.5, 0);  // an end needs no room
   CHECK(forest.counters().bytes == config.max_bytes);
 }
 
@@ -630,6 +639,7 @@ int main() {
   for (unsigned seed = 0; seed < 12; ++seed) grows_the_plain_trees(seed);
   a_forest_of_thousands_keeps_its_memory_apart();
   leaves_say_where_they_lie();
+  a_full_batch_leaves_other_trees_alone();
   results_wait_for_older_ones();
   a_blocked_tree_waits_for_its_leaf();
   an_end_is_visited_again();

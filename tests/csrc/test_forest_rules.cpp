@@ -328,6 +328,18 @@ void either_ticket_of_a_look_can_be_cancelled() {
   CHECK(forest.is_finished(0) && forest.columns(0).visits[0] == 20);
 }
 
+// What was told of a ticket does not count for a later one in its memory.
+void costs_are_counted_once() {
+  Forest forest = with_tree({.max_in_flight = 2, .visits_per_flight = 1}, 40);
+  tell(forest, forest.ask(9).ticket.at(0), 0.5, {10, 11});
+  CHECK(forest.ask(9).size() == 2);
+  tell(forest, value(2), 0.5, {1, 2}, {.outcome = 1.0, .cost = {1, 2, 3, 4}});
+  tell(forest, value(1), 0.5, {1, 2});
+  run(forest, [](std::int64_t) { return Handles{1, 2}; });
+  CHECK(forest.is_finished(0) && forest.status(0).spent.tokens == 2.0);
+  CHECK(forest.status(0).positives == 1 && forest.counters().spent.seconds == 4.0);
+}
+
 // More or other simulations.
 
 void extended_trees_go_on() {
@@ -552,6 +564,23 @@ void what_may_still_widen_is_not_closed() {
   CHECK(std::ranges::count(forest.columns(0).parent, 0) == 2);
 }
 
+// All children are ends, and too few visits for another: there is nothing else to do.
+void a_node_whose_children_are_closed_is_asked_for_more() {
+  ForestConfig config;
+  config.solver = true;
+  config.widening = 1.0;
+  config.widening_alpha = 0.0;
+  config.max_children = 2;
+  Forest forest = with_tree(config, 9);
+  tell(forest, forest.ask(1).ticket.at(0), 0.5, {10});
+  tell(forest, forest.ask(1).ticket.at(0), 0.5, {});
+  const Leaves more = forest.ask(1);
+  CHECK(more.node == std::vector<std::uint32_t>{0} && more.ticket == Tickets{expand(0)});
+  tell_children(forest, expand(0), {11});
+  tell(forest, forest.ask(1).ticket.at(0), 0.5, {});
+  CHECK(forest.status(0).reason == StopReason::kClosed && forest.status(0).committed == 3);
+}
+
 void children_with_one_handle_are_one() {
   ForestConfig config;
   config.select.rule = tercet::Rule::kPuct;
@@ -652,6 +681,32 @@ void a_lead_that_cannot_be_overtaken_is_enough() {
   CHECK(forest.status(0).reason == StopReason::kConverged);
   const std::uint32_t left = 22 - columns.visits[0];
   CHECK(columns.visits[1] - columns.visits[2] == left + 1);  // and not before
+}
+
+// Visits of ends count as others do.
+void a_lead_among_ends_is_enough() {
+  ForestConfig config;
+  config.stop.converged = true;
+  config.select.c_uct = 0.01;
+  Forest forest = with_tree(config, 22);
+  tell(forest, forest.ask(1).ticket.at(0), 0.5, {10, 11});
+  for (const double value : {1.0, 0.0}) tell(forest, forest.ask(1).ticket.at(0), value, {});
+  CHECK(forest.ask(1).size() == 0 && forest.status(0).reason == StopReason::kConverged);
+  CHECK(forest.status(0).committed == 13);  // 11 and 1 of the children, 9 are left
+}
+
+void low_values_are_looked_for_after_a_positive_outcome() {
+  ForestConfig config;
+  config.dual_target = true;
+  config.select.c_uct = 0.0;
+  Forest forest = with_tree(config, 10);
+  tell(forest, forest.ask(1).ticket.at(0), 0.5, {10, 11});
+  tell(forest, forest.ask(1).ticket.at(0), 1.0, {12});
+  tell(forest, forest.ask(1).ticket.at(0), -1.0, {13});
+  const Leaves high = forest.ask(1);
+  CHECK(high.handle == Handles{12});
+  tell(forest, high.ticket[0], 1.0, {14}, {.outcome = 1.0});
+  CHECK(forest.ask(1).handle == Handles{13});
 }
 
 void one_budget_for_all_trees() {
@@ -880,6 +935,7 @@ int main() {
   what_is_cancelled_was_never_asked();
   later_answers_are_those_of_a_tree_with_the_ticket();
   either_ticket_of_a_look_can_be_cancelled();
+  costs_are_counted_once();
   extended_trees_go_on();
   extended_halving_is_that_of_all_simulations();
   simulations_that_are_left_over_go_to_others();
@@ -891,11 +947,14 @@ int main() {
   a_node_that_gets_no_more_is_asked_no_more();
   known_trees_are_closed();
   what_may_still_widen_is_not_closed();
+  a_node_whose_children_are_closed_is_asked_for_more();
   children_with_one_handle_are_one();
   widening_merges_with_what_is_there();
   rules_stop_a_tree();
   what_is_out_when_a_tree_stops_is_still_told();
   a_lead_that_cannot_be_overtaken_is_enough();
+  a_lead_among_ends_is_enough();
+  low_values_are_looked_for_after_a_positive_outcome();
   one_budget_for_all_trees();
   the_child_with_most_visits_is_taken();
   a_bad_element_changes_nothing();
