@@ -205,6 +205,21 @@ void a_told_end_is_evaluated_once() {
   }
 }
 
+// Tickets value(0) to value(2), and expand(2), are out; value(1) has a verdict.
+Forest with_apart_tickets_out() {
+  ForestConfig config = apart();
+  config.select.rule = tercet::Rule::kPuct;
+  config.backup.channels.resize(1);
+  Forest forest = with_tree(config);
+  CHECK(forest.ask(9).size() == 2);
+  tell_children(forest, expand(0), {10, 11});
+  CHECK(forest.ask(9).size() == 2);
+  tell_children(forest, expand(1), {12, 13});
+  CHECK(forest.ask(9).ticket == (Tickets{expand(2), value(2)}));
+  tell_verdict(forest, value(1), 1, 0.5);
+  return forest;
+}
+
 // Values by their parts.
 
 void verdicts_come_one_by_one_and_in_any_order() {
@@ -273,6 +288,19 @@ void values_told_whole_forget_their_parts() {
     ends.push_back(Snapshot::of(forest));
   }
   CHECK(ends[0] == ends[1]);
+}
+
+// Whoever had them is gone, with what they had told of their parts.
+void recalled_tickets_are_handed_out_as_they_were() {
+  Forest forest = with_apart_tickets_out();
+  const std::uint64_t out = forest.counters().in_flight;
+  CHECK(out == 4 && forest.recall() == out && forest.counters().in_flight == 0);
+  CHECK_THROWS(tell_verdict(forest, value(1), 1, 0.5), BadTicket);
+  CHECK(forest.recall() == 0);
+  const Leaves again = forest.ask(9);
+  CHECK(again.size() == out && forest.counters().in_flight == out);
+  CHECK(again.attempt == std::vector<std::uint32_t>(out, 1));
+  tell_verdict(forest, value(1), 1, 0.5);
 }
 
 // Cancelled tickets.
@@ -748,21 +776,6 @@ struct Bad {
   std::function<void(Forest&)> call;
 };
 
-// Tickets value(0) and value(1), and expand(2), are out.
-Forest with_apart_tickets_out() {
-  ForestConfig config = apart();
-  config.select.rule = tercet::Rule::kPuct;
-  config.backup.channels.resize(1);
-  Forest forest = with_tree(config);
-  CHECK(forest.ask(9).size() == 2);
-  tell_children(forest, expand(0), {10, 11});
-  CHECK(forest.ask(9).size() == 2);
-  tell_children(forest, expand(1), {12, 13});
-  CHECK(forest.ask(9).ticket == (Tickets{expand(2), value(2)}));
-  tell_verdict(forest, value(1), 1, 0.5);
-  return forest;
-}
-
 void a_bad_element_changes_nothing() {
   const Tickets two{value(0), value(1)};
   const std::vector<double> halves{0.5, 0.5}, one{0.5}, great{0.5, 1e301}, none{0.5, kNan};
@@ -864,6 +877,13 @@ void a_bad_element_changes_nothing() {
   children({expand(2)}, {2}, {1, 2}, {0.5f, 0.5f}, {1, 0})(forest);
 }
 
+void more_children_than_allowed_are_refused() {
+  Forest forest = with_tree({.max_children = 3});
+  const Ticket root = forest.ask(1).ticket.at(0);
+  refuses<std::invalid_argument>(forest, [&] { tell(forest, root, 0.5, {1, 2, 3, 4}); });
+  tell(forest, root, 0.5, {1, 2, 3});
+}
+
 void priors_that_nothing_reads_are_refused() {
   Forest forest = with_tree({});
   const Ticket root = forest.ask(1).ticket.at(0);
@@ -932,6 +952,7 @@ int main() {
   verdicts_come_one_by_one_and_in_any_order();
   a_rollout_may_have_no_steps();
   values_told_whole_forget_their_parts();
+  recalled_tickets_are_handed_out_as_they_were();
   what_is_cancelled_was_never_asked();
   later_answers_are_those_of_a_tree_with_the_ticket();
   either_ticket_of_a_look_can_be_cancelled();
@@ -958,6 +979,7 @@ int main() {
   one_budget_for_all_trees();
   the_child_with_most_visits_is_taken();
   a_bad_element_changes_nothing();
+  more_children_than_allowed_are_refused();
   priors_that_nothing_reads_are_refused();
   values_that_are_multiplied_are_small();
   given_up_tickets_bring_what_failed();
