@@ -439,6 +439,21 @@ void removed_trees_make_room() {
   CHECK(forest.counters().bytes == config.max_bytes);
 }
 
+// They would take all room in the end.
+void ends_that_waited_leave_nothing_behind() {
+  ForestConfig config = three_at_once();
+  config.max_bytes = tercet::Nodes::kChunk * tercet::Nodes::kBytesPerNode;
+  Forest forest(config);
+  for (tercet::TreeId tree = 0; tree < tercet::Nodes::kChunk / tercet::Nodes::kSlab; ++tree) {
+    forest.add_tree(1, 3);
+    tell_one(forest, forest.ask(9).ticket.at(0), 0.5, 2);
+    CHECK(forest.ask(9).size() == 2);
+    tell_one(forest, nth(2, tree), 0.5, 0);  // waits
+    tell_one(forest, nth(1, tree), 0.5, 0);
+    forest.remove_tree(tree);
+  }
+}
+
 template <typename Use>
 std::optional<TicketFault> fault_of(const Use& use) {
   try {
@@ -655,6 +670,7 @@ int main() {
   a_leaf_that_is_given_up_has_no_children();
   removed_trees_take_their_tickets_along();
   removed_trees_make_room();
+  ends_that_waited_leave_nothing_behind();
   bad_tickets_change_nothing();
   results_that_cannot_be_are_refused();
   settings_out_of_range_are_refused();

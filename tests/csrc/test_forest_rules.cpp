@@ -167,6 +167,31 @@ void lazy_leaves_are_expanded_at_the_second_visit() {
   CHECK(forest.columns(0).total[0] == 20 * 0.25 && forest.counters().evaluations == 1);
 }
 
+void an_end_has_the_value_that_was_told_before() {
+  ForestConfig config = apart(TicketMode::kLazy);
+  config.max_unverified = 1;
+  Forest forest = with_tree(config, 10);
+  tell_children(forest, forest.ask(9).ticket.at(0), {10});
+  CHECK(forest.ask(9).ticket == Tickets{value(0)});
+  tell_value(forest, value(0), 0.25);
+  CHECK(forest.ask(9).ticket == Tickets{expand(1)});
+  tell_children(forest, expand(1), {});
+  CHECK(forest.ask(9).size() == 0 && forest.columns(0).total[1] == 2.5);
+}
+
+// Of which no value is known yet.
+void an_end_without_a_value_is_not_closed() {
+  ForestConfig config = apart();
+  config.solver = true;
+  Forest forest = with_tree(config, 10);
+  CHECK(forest.ask(9).size() == 2);
+  tell_children(forest, expand(0), {});
+  CHECK(forest.columns(0).terminal[0] == 1 && forest.columns(0).closed[0] == 0);
+  CHECK(forest.ask(9).size() == 0);  // its value is out
+  tell_value(forest, value(0), 0.5);
+  CHECK(forest.columns(0).closed[0] == 1 && forest.status(0).reason == StopReason::kClosed);
+}
+
 void a_lazy_root_without_children_has_failed() {
   ForestConfig config = apart(TicketMode::kLazy);
   config.failed_value = -0.5;
@@ -552,6 +577,19 @@ void nodes_get_children_as_they_are_visited() {
   CHECK(forest.is_finished(0) && columns.visits[0] == 40);
 }
 
+void priors_that_are_not_told_are_even_when_they_come() {
+  ForestConfig config = widening();
+  config.select.rule = tercet::Rule::kPuct;
+  Forest forest = with_tree(config, 40);
+  run(forest, [](std::int64_t handle) { return Handles{handle + 1}; });
+  const TreeColumns columns = forest.columns(0);
+  std::vector<float> priors;
+  for (std::size_t i = 0; i < columns.node.size(); ++i) {
+    if (columns.parent[i] == 0) priors.push_back(columns.prior[i]);
+  }
+  CHECK(priors == (std::vector<float>{1.0f, 0.5f, 1.0f / 3.0f}));
+}
+
 void a_node_that_gets_no_more_is_asked_no_more() {
   Forest forest = with_tree(widening(), 40);
   std::size_t asked = 0;
@@ -627,23 +665,23 @@ void widening_merges_with_what_is_there() {
   ForestConfig config = widening();
   config.merge_duplicates = true;
   config.select.rule = tercet::Rule::kPuct;
-  Forest forest = with_tree(config, 30);
+  Forest forest = with_tree(config, 60);
   int rounds = 0;
   for (Leaves leaves = forest.ask(1); leaves.size() > 0; leaves = forest.ask(1)) {
     if (leaves.kind[0] == static_cast<std::uint8_t>(Kind::kVerify)) {
       tell_value(forest, leaves.ticket[0], 0.5);
     } else if (leaves.handle[0] != 7) {
       tell_children(forest, leaves.ticket[0], {});
-    } else if (++rounds == 2) {
+    } else if (++rounds == 4) {
       tell_children(forest, leaves.ticket[0], {11, 10}, {.priors = {0.25f, 0.5f}});
     } else {
       tell_children(forest, leaves.ticket[0], {10}, {.priors = {0.125f}});
     }
   }
   const TreeColumns columns = forest.columns(0);
-  CHECK(rounds == 5 && columns.handle == (Handles{7, 10, 11}));  // three in a row brought none
-  CHECK(columns.prior[1] == 0.125f + 0.5f + 3 * 0.125f && columns.prior[2] == 0.25f);
-  CHECK(forest.counters().merged == 4);
+  CHECK(rounds == 7 && columns.handle == (Handles{7, 10, 11}));  // three in a row brought none
+  CHECK(columns.prior[1] == 0.5f + 6 * 0.125f && columns.prior[2] == 0.25f);
+  CHECK(forest.counters().merged == 6);
 }
 
 // Ends of a search.
@@ -716,11 +754,11 @@ void a_lead_among_ends_is_enough() {
   ForestConfig config;
   config.stop.converged = true;
   config.select.c_uct = 0.01;
-  Forest forest = with_tree(config, 22);
+  Forest forest = with_tree(config, 21);
   tell(forest, forest.ask(1).ticket.at(0), 0.5, {10, 11});
   for (const double value : {1.0, 0.0}) tell(forest, forest.ask(1).ticket.at(0), value, {});
   CHECK(forest.ask(1).size() == 0 && forest.status(0).reason == StopReason::kConverged);
-  CHECK(forest.status(0).committed == 13);  // 11 and 1 of the children, 9 are left
+  CHECK(forest.status(0).committed == 13);  // 11 and 1 of the children; 12 could draw level
 }
 
 void low_values_are_looked_for_after_a_positive_outcome() {
@@ -947,6 +985,8 @@ int main() {
   children_come_before_values();
   the_second_ticket_of_a_look_waits_for_a_batch_with_room();
   lazy_leaves_are_expanded_at_the_second_visit();
+  an_end_has_the_value_that_was_told_before();
+  an_end_without_a_value_is_not_closed();
   a_lazy_root_without_children_has_failed();
   a_told_end_is_evaluated_once();
   verdicts_come_one_by_one_and_in_any_order();
@@ -965,6 +1005,7 @@ int main() {
   the_nodes_of_a_left_tree_are_free();
   no_search_goes_on_while_tickets_are_out();
   nodes_get_children_as_they_are_visited();
+  priors_that_are_not_told_are_even_when_they_come();
   a_node_that_gets_no_more_is_asked_no_more();
   known_trees_are_closed();
   what_may_still_widen_is_not_closed();
