@@ -219,7 +219,10 @@ void a_told_end_is_evaluated_once() {
     const Leaves end = forest.ask(9);
     CHECK(end.size() == 1 && end.handle[0] == 10 && forest.ask(9).size() == 0);
     if (mode == TicketMode::kTogether) {
-      refuses<std::invalid_argument>(forest, [&] { tell(forest, end.ticket[0], 1.0, {12}); });
+      Forest again = restored(forest);
+      for (Forest* one : {&forest, &again}) {
+        refuses<std::invalid_argument>(*one, [&] { tell(*one, end.ticket[0], 1.0, {12}); });
+      }
       tell(forest, end.ticket[0], 1.0, {});
     } else {
       CHECK(end.kind[0] == static_cast<std::uint8_t>(Kind::kVerify));
@@ -360,6 +363,14 @@ void later_answers_are_those_of_a_tree_with_the_ticket() {
   tell(forest, value(1), 0.5, {});
   // 11 counts as asked until the tree has as many out as it may.
   CHECK(forest.ask(9).handle == (Handles{12, 13, 11}));
+}
+
+void a_tree_that_waits_for_a_cancelled_ticket_goes_on() {
+  Forest forest = with_tree({.max_in_flight = 2, .visits_per_flight = 1});
+  tell(forest, forest.ask(9).ticket.at(0), 0.5, {10});
+  CHECK(forest.ask(9).ticket == Tickets{value(1)} && forest.ask(9).size() == 0);
+  cancel(forest, value(1));
+  CHECK(forest.ask(9).ticket == Tickets{value(2)});
 }
 
 void either_ticket_of_a_look_can_be_cancelled() {
@@ -695,6 +706,7 @@ StopReason reason_of(const ForestConfig& config, const tercet::Budget& budget,
     tell(forest, leaves.ticket[0], 0.5, {1, 2},
          {.outcome = outcome, .cost = {1.0, 100.0, 2.0, 0.25}});
     told += 1;
+    forest = restored(forest);
   }
   CHECK(forest.is_finished(0) && forest.status(0).committed == committed);
   return forest.status(0).reason;
@@ -995,6 +1007,7 @@ int main() {
   recalled_tickets_are_handed_out_as_they_were();
   what_is_cancelled_was_never_asked();
   later_answers_are_those_of_a_tree_with_the_ticket();
+  a_tree_that_waits_for_a_cancelled_ticket_goes_on();
   either_ticket_of_a_look_can_be_cancelled();
   costs_are_counted_once();
   extended_trees_go_on();

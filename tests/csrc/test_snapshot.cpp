@@ -616,6 +616,21 @@ void parts_of_answers_are_checked() {
   c.refuses("0.expanding.0.state", u8{3}, "waits for what was told");
 }
 
+void a_known_tree_has_ended() {
+  tercet::ForestConfig config;
+  config.solver = true;
+  Forest forest(config);
+  forest.add_tree(7, 20);
+  const double value = 0.5;
+  const u32 none = 0;
+  forest.tell({forest.ask(1).ticket, {&value, 1}, {&none, 1}, {}});
+  const Case c(Snapshot::of(forest));
+  CHECK(c.get<u8>("0.stopped") == static_cast<u8>(tercet::StopReason::kClosed));
+  c.refuses("0.stopped", u8{0}, "a tree that is known goes on");
+  c.refuses("0.link.0", c.get<u32>("0.link.0") & ~kClosed, "what is known of a node");
+  c.refuses("solver", u8{0}, "what is known of a node");
+}
+
 void lists_of_the_wrong_length_are_refused() {
   const Case c(small());
   c.refuses_more("ready", u32{1}, "or one twice");
@@ -761,6 +776,7 @@ int main() {
   contradictions_are_refused();
   children_before_their_parents_are_refused();
   parts_of_answers_are_checked();
+  a_known_tree_has_ended();
   lists_of_the_wrong_length_are_refused();
   headers_that_do_not_fit_are_refused();
   too_little_room_is_said();
