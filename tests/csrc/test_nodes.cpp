@@ -43,6 +43,7 @@ void counts_and_links_share_eight_bytes() {
   node.set_asked(false);
   node.set_last(false);
   CHECK(!node.is_asked() && !node.is_last() && node.has_children() && !node.is_closed());
+  CHECK(!node.is_leaf());
   node.set_closed();
   node.set_end(12345);
   CHECK(node.is_terminal() && node.end() == 12345 && node.is_closed() && !node.has_children());
