@@ -219,8 +219,7 @@ void Forest::extend(TreeId id, std::uint32_t simulations) {
   });
   torn_ = true;
   tree.simulations += simulations;
-  if (nodes_.hot(tree.root).has_children()) start_root(tree, false);
-  settle(tree);
+  start_root(tree, false);
   advance(id);
   torn_ = false;
 }
@@ -250,8 +249,7 @@ std::uint64_t Forest::reallocate() {
         static_cast<std::uint32_t>(std::min<std::uint64_t>(share, kMaxVisits - tree.simulations));
     tree.simulations += more;
     given += more;
-    if (nodes_.hot(tree.root).has_children()) start_root(tree, false);
-    settle(tree);
+    start_root(tree, false);
     advance(hard[i]);
   }
   torn_ = false;
@@ -295,8 +293,7 @@ void Forest::reroot(TreeId id, std::uint32_t node, std::uint32_t simulations) {
   } else if (tree.stopped == StopReason::kClosed || tree.stopped == StopReason::kConverged) {
     tree.stopped = StopReason::kRunning;
   }
-  if (nodes_.hot(tree.root).has_children()) start_root(tree, is_new);
-  settle(tree);
+  start_root(tree, is_new);
   advance(id);
   torn_ = false;
 }
@@ -381,10 +378,15 @@ void Forest::set_out(TreeId id) {
   }
 }
 
-bool Forest::may_ask_for_more(NodeIndex node) const {
-  return config_.widening > 0.0 && nodes_.hot(node).has_children() &&
-         !nodes_.hot(node).is_asked() && !nodes_.cold(node).is_full &&
+// Of a node with children.
+bool Forest::may_grow(NodeIndex node) const {
+  return config_.widening > 0.0 && !nodes_.cold(node).is_full &&
          nodes_.num_children(node) < config_.max_children;
+}
+
+bool Forest::may_ask_for_more(NodeIndex node) const {
+  const HotNode& hot = nodes_.hot(node);
+  return hot.has_children() && !hot.is_asked() && may_grow(node);
 }
 
 // Sets out along a script, on a path of the root alone.  Where it has come to its end, so has the

@@ -195,8 +195,9 @@ void Forest::widen(Tree& tree, NodeIndex node, const Finding& finding) {
   if (node == tree.root) start_root(tree, false);
 }
 
-// Random numbers of a root that has children; noise in their priors where these are new.
+// Random numbers of a root, once it has children; noise in their priors where these are new.
 void Forest::start_root(Tree& tree, bool mixes_noise) {
+  if (!nodes_.hot(tree.root).has_children()) return;
   const SelectConfig& select = config_.select;
   const std::uint32_t n = nodes_.num_children(tree.root);
   const Random random(tree.seed, nodes_.handle(tree.root));
@@ -264,9 +265,7 @@ bool Forest::is_known(const Tree& tree, NodeIndex index) const {
   const HotNode& node = nodes_.hot(index);
   if (node.is_terminal()) return !std::isnan(tree.ends[node.end()].value);
   if (!node.has_children()) return false;
-  const bool may_grow = config_.widening > 0.0 && !nodes_.cold(index).is_full &&
-                        nodes_.num_children(index) < config_.max_children;
-  if (may_grow) return false;
+  if (may_grow(index)) return false;
   for (const HotNode* child = &nodes_.hot(node.first_child());; ++child) {
     if (!child->is_closed()) return false;
     if (child->is_last()) return true;

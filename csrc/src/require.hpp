@@ -15,7 +15,6 @@ namespace tercet {
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // NaN is not.
-inline bool is_value(double value) { return std::abs(value) <= kMaxValue; }
 inline bool is_verdict(double value) { return std::abs(value) <= 1.0; }
 
 template <typename Message>

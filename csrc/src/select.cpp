@@ -32,16 +32,11 @@ void for_each_child(const Family& family, const Visit& visit) {
   }
 }
 
-// Of a node with finished visits.
-double plain_value(const HotNode& node, bool is_mean) {
-  return is_mean ? node.total / node.visits() : node.total;
-}
-
 Bounds bounds_of(const Family& family, MinMax min_max) {
   if (min_max == MinMax::kTree) return family.tree;
   Bounds bounds;
   const auto take = [&](const HotNode& node) {
-    if (node.visits() > 0) bounds.take(plain_value(node, family.is_mean));
+    if (node.visits() > 0) bounds.take(value_of(node, family.is_mean));
   };
   take(*family.parent);
   for_each_child(family, [&](const HotNode& child, std::uint32_t) { take(child); });
@@ -77,7 +72,7 @@ class Normal {
 // policy has been tried.
 double parent_value(const Family& family, double reduction) {
   const HotNode& parent = *family.parent;
-  const double base = parent.visits() > 0 ? plain_value(parent, family.is_mean) : 0.0;
+  const double base = parent.visits() > 0 ? value_of(parent, family.is_mean) : 0.0;
   if (reduction == 0.0) return base;  // without priors
   double mass = 0.0;
   for_each_child(family, [&](const HotNode& child, std::uint32_t i) {
@@ -110,7 +105,7 @@ class Values {
     if (loses_ && child.expected_visits() > 0) {
       return (child.total - loss_ * child.in_flight()) / child.expected_visits();
     }
-    if (child.visits() > 0) return plain_value(child, is_mean_);
+    if (child.visits() > 0) return value_of(child, is_mean_);
     return priors_ == nullptr ? first_ : static_cast<double>(priors_[i]);
   }
 
@@ -191,7 +186,7 @@ double mixed_value(const Family& family, const Normal& normal) {
   double weighted = 0.0;
   for_each_child(family, [&](const HotNode& child, std::uint32_t i) {
     if (child.visits() == 0) return;
-    weighted += prior(i) * normal(plain_value(child, family.is_mean)) / mass;
+    weighted += prior(i) * normal(value_of(child, family.is_mean)) / mass;
   });
   const double raw = normal(std::isnan(family.own) ? 0.0 : family.own);
   return (raw + visits * weighted) / (visits + 1.0);
@@ -213,7 +208,7 @@ void complete(const Family& family, const SelectConfig& config, Improved& improv
   std::uint32_t most = 0;
   for_each_child(family, [&](const HotNode& child, std::uint32_t i) {
     const bool is_visited = child.visits() > 0;
-    const double value = is_visited ? normal(plain_value(child, family.is_mean)) : mixed;
+    const double value = is_visited ? normal(value_of(child, family.is_mean)) : mixed;
     improved.values[i] = value;
     bounds.take(value);
     most = std::max(most, child.visits());
@@ -377,7 +372,7 @@ std::uint32_t choose_action(const Family& family, const SelectConfig& config) {
     const HotNode& first = family.children[best];
     if (child.visits() < first.visits() || child.visits() == 0) return;
     if (child.visits() > first.visits() ||
-        plain_value(child, family.is_mean) > plain_value(first, family.is_mean)) {
+        value_of(child, family.is_mean) > value_of(first, family.is_mean)) {
       best = i;
     }
   });

@@ -500,7 +500,7 @@ struct Snapshot::Access {
     require(std::ranges::all_of(flights, [](std::uint32_t n) { return n == 0; }),
             "a ticket's leaf is a node of no block");
     check_waiting(forest, tree);
-    if (forest.nodes_.hot(tree.root).has_children()) forest.start_root(tree, false);
+    forest.start_root(tree, false);
     forest.settle(tree);
   }
 

@@ -43,11 +43,6 @@ struct BackupConfig {
 // Throws std::invalid_argument for a setting outside its range.
 void check_config(const BackupConfig& config);
 
-// Of a node that was visited.
-inline double value_of(const HotNode& node, bool is_mean) {
-  return is_mean ? node.total / node.visits() : node.total;
-}
-
 // Each node of the path, from the last to the first, takes in the value and the values of the
 // channels, decayed once per step.  `bounds`, where it is not null, takes in what each node then
 // holds.  All nodes departed before and arrive.

@@ -420,6 +420,7 @@ class Forest {
   void descend();
   template <bool plain>
   bool step_down(Lane& lane);
+  [[nodiscard]] bool may_grow(NodeIndex node) const;
   [[nodiscard]] bool may_ask_for_more(NodeIndex node) const;
   [[nodiscard]] bool may_widen(const HotNode& node, NodeIndex index) const;
   [[nodiscard]] Family family_of(const Tree& tree, NodeIndex parent, bool at_root) const;

@@ -119,6 +119,11 @@ struct Bounds {
   }
 };
 
+// Of a node with finished visits.
+inline double value_of(const HotNode& node, bool is_mean) {
+  return is_mean ? node.total / node.visits() : node.total;
+}
+
 // A parent and its children, at most kMaxChildren, as a choice reads them.
 struct Family {
   const HotNode* parent;         // the descent has departed from it
