@@ -111,6 +111,28 @@ def replace_text(path: Path, text: str) -> None:
         temporary.replace(path)
 
 
+def check_output(path: Path, name: str) -> None:
+    """Refuses what `replace_text` cannot write to, before the work whose result goes there.
+
+    Args:
+        path: to be written.
+        name: of what it was given as, in the error.
+
+    Raises:
+        ValueError: there is something that is no file.
+        FileNotFoundError: there is no folder for it, of a link: for the file behind it.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"{name} must be a file, got {path}, a folder, pipe or device; name a file"
+        )
+    folder = path.resolve().parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name} must be a file in a folder that exists, got no {folder}; make it"
+        )
+
+
 def read_object(path: Path, function: str, remedy: str) -> dict[str, Any]:
     """The JSON object that a file holds.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tercet.engine.command_line import OneLineParser
 from tercet.engine.environment import short_commit
-from tercet.engine.files import replace_text
+from tercet.engine.files import check_output, replace_text
 from tercet.engine.glossary import MEANINGS, general
 from tercet.engine.report_charts import charts_html, metrics_of, short
 from tercet.engine.report_runs import (
@@ -271,7 +271,7 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
         ValueError: as `load_run` and `load_tables`; output is there and no file.
     """
     if output:
-        _check_output(Path(output))
+        check_output(Path(output), "report: the page")
     found = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     by_path = dict(each for folder in found for each in _runs_in(folder))
     target = Path(output) if output else default_page(*folders)
@@ -284,17 +284,6 @@ def write_report(*folders: str | Path, output: str | Path | None = None) -> Path
     runs = [replace(run, name=names[path]) for path, run in by_path.items()]
     replace_text(target, render(", ".join(folder.name for folder in found), runs, tables))
     return target
-
-
-def _check_output(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"report: the page must go into a folder that exists, got no {path.parent}; make it"
-        )
-    if path.exists() and not path.is_file():
-        raise ValueError(
-            f"report: the page must be a file, got {path}, a folder, pipe or device; name a file"
-        )
 
 
 def main(argv: list[str], prog: str) -> int:

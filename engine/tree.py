@@ -11,7 +11,7 @@ from typing import Any
 from tercet import Forest, tree_to_dot, tree_to_json, tree_to_svg
 from tercet._mcts import TreeColumns
 from tercet.engine.command_line import OneLineParser
-from tercet.engine.files import replace_text
+from tercet.engine.files import check_output, replace_text
 
 
 def read_labels(path: Path, handles: Sequence[int]) -> list[str]:
@@ -72,14 +72,7 @@ def _columns(forest: Forest, tree: int, snapshot: Path) -> TreeColumns:
 
 
 def _check_output(path: Path, read: Sequence[Path]) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"tree: --output must lie in a folder that exists, got no {path.parent}; make it"
-        )
-    if path.exists() and not path.is_file():
-        raise ValueError(
-            f"tree: --output must be a file, got {path}, a folder, pipe or device; name a file"
-        )
+    check_output(path, "tree: --output")
     for source in read:
         if path.exists() and source.exists() and path.samefile(source):
             raise ValueError(

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 from tercet.engine.choices import Pooling
 from tercet.engine.command_line import load_config
 from tercet.engine.data import check_file, check_text, read_rows
-from tercet.engine.files import checkpoints, follow_umask, removed_on_failure, replace_text
+from tercet.engine.files import (
+    check_output,
+    checkpoints,
+    follow_umask,
+    removed_on_failure,
+    replace_text,
+)
 from tercet.engine.glossary import MEANINGS, general
 from tercet.engine.grace.config import GraceConfig
 from tercet.engine.grace.experiment_config import ExperimentConfig
@@ -240,15 +246,8 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
 
 def _check_output(path: Path) -> None:
     """Refuses what cannot be written in the end; a look at permissions would not tell."""
-    if path.exists() and not path.is_file():
-        raise ValueError(
-            f"eval: output must be a file, got {path}, a folder, pipe or device; name a file"
-        )
+    check_output(path, "eval: output")
     folder = path.resolve().parent  # of a link, its file's
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"eval: output must be a file in a folder that exists, got {path}; make it"
-        )
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
